@@ -1,0 +1,1 @@
+"""Data only: what patchmill knows of each encoder, one YAML file each."""

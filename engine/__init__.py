@@ -1,0 +1,82 @@
+"""patchmill: slides and volumes in, a searchable archive of DINOv3 embeddings out.
+
+The verbs are functions, the settings are frozen dataclasses; both load on first use, so importing patchmill is cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {  # public name -> the module that it is loaded from
+    **dict.fromkeys(
+        (
+            "build_index",
+            "check_encoder",
+            "demo",
+            "doctor",
+            "draw_hits",
+            "embed",
+            "list_encoders",
+            "probe_knn",
+            "query_image",
+            "query_place",
+            "status",
+            "verify",
+        ),
+        "patchmill.api",
+    ),
+    "Archive": "patchmill.archive",
+    "EncodeSettings": "patchmill.types",
+    "PatchmillError": "patchmill.errors",
+    "PlanSettings": "patchmill.types",
+    "RunSettings": "patchmill.cluster",
+}
+
+if TYPE_CHECKING:
+    from patchmill.api import (
+        build_index,
+        check_encoder,
+        demo,
+        doctor,
+        draw_hits,
+        embed,
+        list_encoders,
+        probe_knn,
+        query_image,
+        query_place,
+        status,
+        verify,
+    )
+    from patchmill.archive import Archive
+    from patchmill.cluster import RunSettings
+    from patchmill.errors import PatchmillError
+    from patchmill.types import EncodeSettings, PlanSettings
+
+__all__ = [
+    "Archive",
+    "EncodeSettings",
+    "PatchmillError",
+    "PlanSettings",
+    "RunSettings",
+    "build_index",
+    "check_encoder",
+    "demo",
+    "doctor",
+    "draw_hits",
+    "embed",
+    "list_encoders",
+    "probe_knn",
+    "query_image",
+    "query_place",
+    "status",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'patchmill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

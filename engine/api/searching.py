@@ -1,0 +1,64 @@
+"""The verbs `verify`, `index`, `query` and `probe`, with an archive given by its path."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from patchmill import encoders, index, probes, query
+from patchmill import archive as archives
+from patchmill.archive import Archive, Damage
+from patchmill.encoders import GateReport
+from patchmill.index import IndexReport
+from patchmill.probes import ProbeReport
+from patchmill.query import QueryResult
+from patchmill.types import EncodeSettings
+
+__all__ = ["build_index", "check_encoder", "draw_hits", "probe_knn", "query_image", "query_place", "verify"]
+
+
+def verify(
+    archive: str | Path, *, withdraw: bool = True, progress: Callable[[int, int], None] | None = None
+) -> list[Damage]:
+    """Read every byte back against its checksum; damaged shards are withdrawn, so that the next `embed` repairs them.
+
+    progress: called with the number of sources done and of all. Raises ArchiveError if it is no archive.
+    """
+    return archives.verify(Archive.open(Path(archive)), withdraw=withdraw, progress=progress)
+
+
+def check_encoder(settings: EncodeSettings) -> GateReport:
+    """Prove an encoder against its reference on this machine. Raises EncoderError with the figures if it fails."""
+    encoder, report = encoders.open_gated(settings)
+    encoder.close()
+    return report
+
+
+def build_index(archive: str | Path, **choice: Any) -> IndexReport:
+    """Build the exact index of an archive's embeddings; the keywords are those of `patchmill.index.build_index`."""
+    return index.build_index(Archive.open(Path(archive)), **choice)
+
+
+def query_image(
+    archive: str | Path, image: str | Path, k: int = 10, *, index: str = "default", weights: str | None = None
+) -> QueryResult:
+    """The k tiles that look most like an image file; see `patchmill.query.query_image`."""
+    return query.query_image(Archive.open(Path(archive)), Path(image), k, index=index, weights=weights)
+
+
+def query_place(
+    archive: str | Path, source: str, at: tuple[float, float], k: int = 10, *, index: str = "default"
+) -> QueryResult:
+    """The k tiles that look most like the one at x, y (level-0 pixels) of a source; see `patchmill.query.query_place`."""
+    return query.query_place(Archive.open(Path(archive)), source, *at, k, index=index)
+
+
+def draw_hits(archive: str | Path, result: QueryResult, out: str | Path) -> None:
+    """Write a picture of the hits of a query, a PNG."""
+    query.draw_hits(Archive.open(Path(archive)), result, Path(out))
+
+
+def probe_knn(
+    archive: str | Path, labels: str | Path, *, ks: Sequence[int] = (10, 20, 100, 200), **choice: Any
+) -> ProbeReport:
+    """DINO's kNN probe on the labels of a CSV; the keywords are those of `patchmill.probes.probe_knn`."""
+    return probes.probe_knn(Archive.open(Path(archive)), Path(labels), ks=ks, **choice)

@@ -1,0 +1,271 @@
+"""The commands: arguments in, one call of the API, printing."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from patchmill.errors import UsageError
+from patchmill.types import EncodeSettings, PlanSettings
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="patchmill",
+    help="Slides in, a searchable archive of embeddings out.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+probe_app = typer.Typer(help="Light tasks on frozen embeddings.", rich_markup_mode=None)
+bench_app = typer.Typer(help="Measure throughput on this machine.", rich_markup_mode=None)
+app.add_typer(probe_app, name="probe")
+app.add_typer(bench_app, name="bench")
+
+_plan, _encode = PlanSettings(), EncodeSettings()  # the defaults are named once
+
+ArchivePath = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="the archive's folder")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
+PlanKey = Annotated[str | None, typer.Option("--plan", help="plan key, where the archive holds several")]
+EncoderKey = Annotated[
+    str | None, typer.Option("--encoder", help="encoder key or name, where the archive holds several")
+]
+Output = Annotated[str | None, typer.Option(help="cls or mean, where the encoder has both; its first by default")]
+Weights = Annotated[Path | None, typer.Option(help="weights file: safetensors, or Meta's .pth")]
+
+
+def show(value: Any, text: Callable[[], str], as_json: bool) -> None:
+    """Print a result for a program or for a person."""
+    print(json.dumps(value) if as_json else text())
+
+
+@app.command(epilog="Example: patchmill embed slides/ --archive my-archive --encoder efficientnet-lite0")
+def embed(
+    src: Annotated[list[str], typer.Argument(metavar="SRC...", help="slides, folders, globs or CSV catalogs")],
+    archive: Annotated[Path, typer.Option(help="the archive's folder; made if it is not there")],
+    encoder: Annotated[str, typer.Option(help="see patchmill encoders")] = _encode.encoder,
+    weights: Weights = None,
+    precision: Annotated[Literal["auto", "fp32", "fp16", "int8"], typer.Option(help="auto asks the gate")] = "auto",
+    untrained: Annotated[
+        int | None, typer.Option(metavar="SEED", help="random weights from this seed, for throughput only")
+    ] = None,
+    pixels: Annotated[int | None, typer.Option(help="pixels per side of the encoder's input; its own by default")] = None,
+    mpp: Annotated[float, typer.Option(help="micrometres per tile pixel")] = _plan.mpp,
+    tile: Annotated[int, typer.Option(help="pixels per side of a tile")] = _plan.tile,
+    overlap: Annotated[int, typer.Option(help="pixels shared with the next tile")] = _plan.overlap,
+    tissue: Annotated[Literal["auto", "none"], typer.Option(help="none keeps every tile")] = _plan.tissue,
+    min_tissue: Annotated[float, typer.Option(help="least tissue fraction of a tile")] = _plan.min_tissue,
+    mpp_override: Annotated[float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")] = None,
+    new_plan: Annotated[bool, typer.Option("--new-plan", help="add a second plan to the archive")] = False,
+    workers: Annotated[int, typer.Option(help="worker processes; 0 runs in this process")] = 1,
+    batch: Annotated[int, typer.Option(help="tiles per batch")] = _encode.batch,
+    threads: Annotated[int | None, typer.Option(help="cores for each worker's encoder; all by default")] = None,
+    hash: Annotated[Literal["sampled", "full"], typer.Option(help="fingerprint of a source's content")] = "sampled",
+    retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="try them again")] = False,
+    as_json: Json = False,
+) -> int:
+    """Embed slides into an archive. Stop it whenever you like; the same command goes on."""
+    from patchmill import api
+    from patchmill.cli.progress import run_progress
+    from patchmill.cli.text import report_text
+    from patchmill.cluster import RunSettings
+
+    with run_progress() as progress:
+        report = api.embed(
+            src,
+            archive,
+            plan=PlanSettings(mpp=mpp, tile=tile, overlap=overlap, tissue=tissue, min_tissue=min_tissue),
+            encode=EncodeSettings(
+                encoder=encoder,
+                weights=str(weights.absolute()) if weights else None,
+                untrained=untrained,
+                precision=precision,
+                pixels=pixels,
+                batch=batch,
+                threads=threads,
+            ),
+            run=RunSettings(
+                workers=workers, new_plan=new_plan, full_hash=hash == "full", retry_quarantined=retry_quarantined
+            ),
+            mpp_override=mpp_override,
+            watch=progress,
+            found=progress.found,
+        )
+    show(report.as_dict(paths=True), lambda: report_text(report), as_json)
+    return 1 if report.failed else 0
+
+
+@app.command(epilog="Example: patchmill status my-archive")
+def status(archive: ArchivePath, as_json: Json = False) -> int:
+    """What an archive holds, and what is missing."""
+    from patchmill import api
+    from patchmill.cli.text import status_text
+
+    found = api.status(archive)
+    show(found.as_dict(), lambda: status_text(found), as_json)
+    return 0
+
+
+@app.command(epilog="Example: patchmill verify my-archive")
+def verify(
+    archive: ArchivePath,
+    keep: Annotated[bool, typer.Option("--keep", help="only tell; do not withdraw what is damaged")] = False,
+    as_json: Json = False,
+) -> int:
+    """Read every byte back. What is damaged is withdrawn, and the next embed repairs it. Exit code 1 if there was any."""
+    from patchmill import api
+    from patchmill.cli.progress import counted
+    from patchmill.cli.text import damage_text
+
+    with counted("sources") as progress:
+        damage = api.verify(archive, withdraw=not keep, progress=progress)
+    show({"damage": [asdict(each) for each in damage]}, lambda: damage_text(damage), as_json)
+    return 1 if damage else 0
+
+
+@app.command(epilog="Example: patchmill index my-archive")
+def index(
+    archive: ArchivePath,
+    name: Annotated[str, typer.Option(help="name of the index")] = "default",
+    plan: PlanKey = None,
+    encoder: EncoderKey = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> int:
+    """Build the exact index over all embeddings of an archive."""
+    from patchmill import api
+    from patchmill.cli.progress import counted
+
+    with counted("sources") as progress:
+        report = api.build_index(archive, plan=plan, encoder=encoder, output=output, name=name, progress=progress)
+    show(report.as_dict(), report.text, as_json)
+    return 0
+
+
+@app.command(epilog="Example: patchmill query my-archive --image tile.png -k 5 --picture hits.png")
+def query(
+    archive: ArchivePath,
+    image: Annotated[Path | None, typer.Option(help="an image file, taken as one tile of the plan")] = None,
+    source: Annotated[str | None, typer.Option(help="id, name or path of a source; with --at")] = None,
+    at: Annotated[str | None, typer.Option(metavar="X,Y", help="level-0 pixels; with --source")] = None,
+    k: Annotated[int, typer.Option("-k", help="number of hits")] = 10,
+    picture: Annotated[Path | None, typer.Option(help="write the query and its hits as a PNG")] = None,
+    name: Annotated[str, typer.Option("--index", help="name of the index")] = "default",
+    weights: Weights = None,
+    as_json: Json = False,
+) -> int:
+    """Find the tiles that look most like an image, or like a place in a source."""
+    from patchmill import api
+
+    if (image is None) == (source is None) or (source is None) != (at is None):
+        raise UsageError("query", "one thing to search for is needed", "give --image FILE, or --source ID --at X,Y")
+    if image is not None:
+        result = api.query_image(archive, image, k, index=name, weights=str(weights) if weights else None)
+    else:
+        result = api.query_place(archive, str(source), _point(str(at)), k, index=name)
+    if picture is not None:
+        api.draw_hits(archive, result, picture)
+    show(result.as_dict(), result.text, as_json)
+    return 0
+
+
+def _point(text: str) -> tuple[float, float]:
+    try:
+        x, y = (float(each) for each in text.split(","))
+    except ValueError:
+        raise UsageError("--at", f"{text!r} is no place", "write X,Y in level-0 pixels, such as 1100,1500") from None
+    return x, y
+
+
+@probe_app.command(epilog="Example: patchmill probe knn my-archive --labels labels.csv")
+def knn(
+    archive: ArchivePath,
+    labels: Annotated[Path, typer.Option(help="CSV: source,label and row or x,y; optional split, group")],
+    k: Annotated[list[int] | None, typer.Option("-k", help="neighbours; may be given several times")] = None,
+    plan: PlanKey = None,
+    encoder: EncoderKey = None,
+    output: Output = None,
+    allow_untrained: Annotated[bool, typer.Option("--allow-untrained", help="for tests of the machinery")] = False,
+    as_json: Json = False,
+) -> int:
+    """DINO's kNN protocol on labels per tile or per source."""
+    from patchmill import api
+
+    report = api.probe_knn(
+        archive,
+        labels,
+        ks=tuple(k) if k else (10, 20, 100, 200),
+        plan=plan,
+        encoder=encoder,
+        output=output,
+        allow_untrained=allow_untrained,
+    )
+    show(report.as_dict(), report.text, as_json)
+    return 0
+
+
+@app.command(epilog="Example: patchmill encoders --check efficientnet-lite0")
+def encoders(
+    check: Annotated[str | None, typer.Option(metavar="NAME", help="run the gate of one encoder here")] = None,
+    weights: Weights = None,
+    precision: Annotated[Literal["auto", "fp32", "fp16", "int8"], typer.Option()] = "auto",
+    untrained: Annotated[int | None, typer.Option(metavar="SEED")] = None,
+    as_json: Json = False,
+) -> int:
+    """List the encoders and where their weights are, or prove one against its reference on this machine."""
+    from patchmill import api
+    from patchmill.cli.text import encoders_text, gate_text
+
+    if check is None:
+        cards = api.list_encoders()
+        show({"encoders": [asdict(card) for card in cards]}, lambda: encoders_text(cards), as_json)
+        return 0
+    report = api.check_encoder(
+        EncodeSettings(
+            encoder=check, weights=str(weights) if weights else None, precision=precision, untrained=untrained
+        )
+    )
+    show(asdict(report), lambda: gate_text(check, report), as_json)
+    return 0
+
+
+@app.command(epilog="Example: patchmill doctor")
+def doctor(as_json: Json = False) -> int:
+    """Look at what is installed, what excludes what, and what is missing. Exit code 1 if something is wrong."""
+    from patchmill import api
+    from patchmill.cli.text import doctor_text
+
+    findings = api.doctor()
+    show({"findings": [asdict(each) for each in findings]}, lambda: doctor_text(findings), as_json)
+    return int(any(each.state == "wrong" for each in findings))
+
+
+@app.command(epilog="Example: patchmill demo patchmill-demo")
+def demo(
+    folder: Annotated[Path, typer.Argument(help="where everything goes")] = Path("patchmill-demo"),
+    slide: Annotated[Path | None, typer.Option(help="a slide of your own in place of the sample")] = None,
+    as_json: Json = False,
+) -> int:
+    """The main job on one small real slide: embed, index, query with a picture, probe. Safe to repeat."""
+    from patchmill import api
+    from patchmill.cli.progress import run_progress
+    from patchmill.cli.text import demo_text
+
+    with run_progress() as progress:
+        made = api.demo(folder, slide=slide, watch=progress, say=lambda line: print(line, file=sys.stderr))
+    value = {
+        "slide": str(made.slide),
+        "archive": str(made.archive),
+        "picture": str(made.picture),
+        "run": made.run.as_dict(paths=True),
+        "index": made.index.as_dict(),
+        "query": made.hits.as_dict(),
+        "rule": made.rule,
+        "probe": made.probe.as_dict(),
+    }
+    show(value, lambda: demo_text(made), as_json)
+    return 0

@@ -1,0 +1,105 @@
+"""How results read on a terminal."""
+
+from collections.abc import Iterable
+
+from patchmill.api import Demo, Finding, Status
+from patchmill.archive import Damage
+from patchmill.cluster import RunReport
+from patchmill.encoders import EncoderCard, GateReport
+
+__all__ = ["damage_text", "demo_text", "doctor_text", "encoders_text", "gate_text", "report_text", "status_text"]
+
+STAGES = {  # of a shard's task -> in words
+    "read": "waiting for the disk",
+    "decode": "reading and decoding on a core",
+    "core": "waiting for a core to read on",
+    "resample": "cutting and resampling tiles",
+    "batch": "waiting for room in a batch",
+    "encode": "waiting for the encoder's last vectors",
+    "write": "writing and syncing",
+}
+
+
+def report_text(report: RunReport) -> str:
+    """A run: outcomes, rate, and where the time went."""
+    counts = ", ".join(f"{report.count(kind)} {kind}" for kind in ("complete", "empty", "failed", "transient"))
+    lines = [f"{len(report.outcomes)} sources: {counts}"]
+    if report.tiles:
+        word = ", untrained weights: good for throughput alone" if report.untrained else ""
+        lines.append(
+            f"{report.tiles} tiles in {report.embed_seconds:.1f} s, {report.rate:.1f} tiles/s, "
+            f"{report.name} {report.precision}{word}"
+        )
+        lines.append(
+            f"encoder busy {report.encoder_busy:.0%} of that time, waiting for pixels {report.encoder_starved:.0%}; "
+            f"peak memory of a worker {report.peak_bytes / 2**30:.2f} GiB"
+        )
+        lines.append("time of the tasks that feed it, which overlaps the encoder's:")
+        lines += [f"  {share:>4.0%}  {STAGES[stage]}" for stage, share in report.stages.items()]
+        lines.append(f"pixels read per pixel of a tile: {report.decoded:.2f}")
+    lines.append(f"records: {report.archive}/runs/{report.run}/")
+    return "\n".join(lines)
+
+
+def status_text(status: Status) -> str:
+    """What an archive holds."""
+    lines = [f"{status.archive}: {status.sources} sources, {status.runs} runs, the last one {status.last_run or 'never'}"]
+    for holding in status.holdings:
+        name = f"{holding.name} {holding.precision}" + (", untrained" if holding.untrained else "")
+        lines.append(
+            f"{name} (encoder {holding.encoder}): {holding.sources} sources complete, {holding.empty} of them empty, "
+            f"{holding.rows} tiles, {holding.unreadable} unreadable; {holding.incomplete} sources under way"
+        )
+        lines.append(f"  plan {holding.plan}: {holding.plan_text}")
+    lines += [f"{one.path}: {one.outcome}: {one.wrong}" for one in status.missing]
+    return "\n".join(lines)
+
+
+def damage_text(damage: Iterable[Damage]) -> str:
+    """What verify found."""
+    lines = [f"{one.source} {one.where}: {one.wrong}" for one in damage]
+    if not lines:
+        return "every byte is as it was written"
+    return "\n".join([*lines, f"{len(lines)} damaged; run the same embed command again to repair what was withdrawn"])
+
+
+def doctor_text(findings: Iterable[Finding]) -> str:
+    """One line a finding."""
+    return "\n".join(
+        f"{each.state:<6}{each.name}: {each.text}" + (f"; {each.do}" if each.do else "") for each in findings
+    )
+
+
+def encoders_text(cards: Iterable[EncoderCard]) -> str:
+    """One paragraph an encoder."""
+    lines = []
+    for card in cards:
+        outputs = ", ".join(f"{name} {width}" for name, width in card.outputs.items())
+        lines.append(f"{card.name}: {card.title}; {card.pixels} px, {outputs}; {', '.join(card.precisions)}; {card.license}")
+        lines.append(f"  weights: {card.weights} ({card.found})" if card.weights else f"  no weights here: {card.found}")
+    return "\n".join(lines)
+
+
+def gate_text(name: str, report: GateReport) -> str:
+    """A gate's verdict."""
+    return f"{name} {report.precision}: {report.text()}"
+
+
+def demo_text(demo: Demo) -> str:
+    """What the demonstration made, and what to try next."""
+    hits = "\n".join(f"  {line}" for line in demo.hits.text().splitlines())
+    probe = "\n".join(f"  {line}" for line in demo.probe.text().splitlines())
+    return f"""
+Made from {demo.slide}, {demo.run.rate:.1f} tiles/s on this machine:
+  {demo.run.tiles or demo.index.vectors} tiles embedded in {demo.archive}
+  an index of {demo.index.vectors} vectors
+  {demo.picture}: the tiles that look most like the one richest in haematoxylin
+{hits}
+kNN on a rule computed from the pixels: {demo.rule}.
+This proves the machinery only: a colour rule says nothing about an encoder's worth in medicine.
+{probe}
+
+Try next:
+  patchmill status {demo.archive}
+  patchmill query {demo.archive} --source {demo.slide.name} --at 1100,1500 -k 5 --picture hits2.png
+  patchmill embed YOUR-SLIDES/ --archive my-archive --encoder efficientnet-lite0"""

@@ -1,0 +1,8 @@
+"""Dask: which shard runs where, retries, quarantine, progress, the run's report."""
+
+from patchmill.cluster.driver import Event
+from patchmill.cluster.report import RunReport, SourceOutcome
+from patchmill.cluster.run import RunSettings, run
+from patchmill.cluster.tasks import Doors
+
+__all__ = ["Doors", "Event", "RunReport", "RunSettings", "SourceOutcome", "run"]

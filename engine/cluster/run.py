@@ -1,0 +1,237 @@
+"""One run of `embed`, from start to report: lock, encoder, workers, driver, records."""
+
+import getpass
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+from distributed import Client
+
+from patchmill import stream
+from patchmill.archive import Archive
+from patchmill.cluster.driver import Driver, Event
+from patchmill.cluster.journal import Journal, deaths_so_far, left_open
+from patchmill.cluster.local import local_cluster
+from patchmill.cluster.report import STAGES, RunReport, SourceOutcome
+from patchmill.cluster.tasks import PROGRESS, Doors, Job, gate_encoder
+from patchmill.errors import PatchmillError, UsageError
+from patchmill.types import EncoderSpec, EncodeSettings, PlanSettings, SourceRef
+
+__all__ = ["RunSettings", "run"]
+
+TASK_THREADS = 3  # shards under way per worker: two that read while one waits for its last vectors or writes
+PACKAGES = ("patchmill", "numpy", "onnx", "onnxruntime", "zarr", "dask", "openslide-python", "openslide-bin")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """How a run is carried out; nothing here changes an embedding."""
+
+    workers: int = 1  # processes; 0 runs everything in this one, for debugging
+    new_plan: bool = False  # allow a plan that the archive does not have yet
+    full_hash: bool = False  # fingerprint sources by every byte
+    retry_quarantined: bool = False
+    shard_rows: int | None = None  # None: chosen from the measured rate
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UsageError("--workers", f"{self.workers} processes cannot be started", "use 0 or more")
+
+
+def run(
+    archive: Archive,
+    refs: Sequence[SourceRef],
+    plan: PlanSettings,
+    encode: EncodeSettings,
+    settings: RunSettings,
+    watch: Callable[[Event], None] = lambda event: None,
+    doors: Doors | None = None,
+) -> RunReport:
+    """Embed every source that is not complete yet, and leave a report in ARCHIVE/runs/<run id>/.
+
+    A source that fails is recorded and never stops the others. Raises UsageError (another plan, another run under way)
+    and what stops the whole run: EncoderError, ArchiveError, NoSpaceError, KeyboardInterrupt. What was acknowledged by
+    then is kept, and the report says why it stopped.
+    """
+    doors = doors or Doors()
+    with archive.run_lock():
+        _check_plan(archive, plan, settings.new_plan)
+        encode = replace(encode, precision=_precision(archive, encode, doors))
+        journal = Journal.create(archive.path / "runs")
+        job = Job(
+            archive=str(archive.path),
+            run=str(journal.folder),
+            plan=plan,
+            encode=encode,
+            full_hash=settings.full_hash,
+            shard_rows=settings.shard_rows,
+            doors=doors,
+        )
+        return _Run(archive, job, settings, journal, watch).carry_out(refs)
+
+
+class _Run:
+    """The parts of one run and what is known of them so far, for a report at any time."""
+
+    def __init__(
+        self, archive: Archive, job: Job, settings: RunSettings, journal: Journal, watch: Callable[[Event], None]
+    ) -> None:
+        self._archive, self._job, self._settings, self._journal, self._watch = archive, job, settings, journal, watch
+        self._start, self._started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+    def carry_out(self, refs: Sequence[SourceRef]) -> RunReport:
+        skipped: list[SourceOutcome] = []
+        with ExitStack() as stack:
+            if self._job.encode.precision != "auto":
+                spec = self._job.doors.resolve(self._job.encode)
+                refs, skipped = self._skip_complete(refs, spec)
+                if not refs:
+                    return self._report(spec, {}, skipped, None, [], "")
+            lock = self._archive.private / "workers.lock"
+            client = stack.enter_context(local_cluster(self._settings.workers, TASK_THREADS, lock))
+            if self._settings.workers == 0:
+                stack.callback(stream.release)
+            client.subscribe_topic(PROGRESS, self._told)
+            spec, gate = self._gated(client)
+            if not skipped:
+                refs, skipped = self._skip_complete(refs, spec)
+            self._archive.add_plan(self._job.plan)
+            driver = Driver(
+                client,
+                self._job,
+                spec,
+                float(gate["tiles_per_second"]),
+                self._journal,
+                window=2 * TASK_THREADS * max(1, self._settings.workers),
+                watch=self._watch,
+            )
+            stopped = "a defect"
+            figures: list[Mapping[str, float]] = []
+            try:
+                driver.run(refs, self._suspects())
+                stopped = ""
+                figures = list(client.run(stream.figures).values())
+            except KeyboardInterrupt:
+                stopped = "interrupted"
+                raise
+            except PatchmillError as error:
+                stopped = f"{type(error).__name__}: {error.wrong}"
+                raise
+            finally:
+                report = self._report(spec, gate, skipped, driver, figures, stopped)
+        return report
+
+    def _skip_complete(
+        self, refs: Iterable[SourceRef], spec: EncoderSpec
+    ) -> tuple[list[SourceRef], list[SourceOutcome]]:
+        """Those still to do, and the outcomes of those that were complete before."""
+        todo: list[SourceRef] = []
+        skipped: list[SourceOutcome] = []
+        for ref in refs:
+            done = self._archive.source(ref.id).completion(self._job.plan.key, spec.key)
+            if done is None:
+                todo.append(ref)
+                continue
+            outcome = SourceOutcome(
+                source=ref.id,
+                path=ref.path,
+                outcome="complete" if done.rows else "empty",
+                rows=done.rows,
+                skipped=True,
+            )
+            skipped.append(outcome)
+            self._watch(Event("ended", ref.id, outcome=outcome))
+        return todo, skipped
+
+    def _gated(self, client: Client) -> tuple[EncoderSpec, Mapping[str, Any]]:
+        """The encoder, proven on this device: now, or by an earlier run with the same runtime and device."""
+        known: list[Mapping[str, Any]] = []
+        if self._job.encode.precision != "auto":
+            key = self._job.doors.resolve(self._job.encode).key
+            known = [gate for record in self._archive.encoders().values() if record.spec.key == key for gate in record.gates]
+        gated = client.submit(gate_encoder, self._job, known, key=f"gate-{self._journal.run}", pure=False).result()
+        if gated.fresh:
+            self._archive.add_encoder(gated.spec, gated.gate)
+        self._job = replace(self._job, encode=replace(self._job.encode, precision=gated.spec.precision))
+        return gated.spec, gated.gate
+
+    def _suspects(self) -> dict[str, int]:
+        """Sources to be run last and alone, with the deaths that they are held responsible for."""
+        runs = self._archive.path / "runs"
+        deaths = deaths_so_far(runs)
+        if self._settings.retry_quarantined:
+            for source in deaths:
+                self._journal.log("released", source=source)
+            deaths = dict.fromkeys(deaths, 0)
+        return {**dict.fromkeys(left_open(runs), 0), **deaths}
+
+    def _told(self, event: tuple[float, Any]) -> None:
+        source, rows = event[1]
+        self._watch(Event("rows", source, rows))
+
+    def _report(
+        self,
+        spec: EncoderSpec,
+        gate: Mapping[str, Any],
+        skipped: Sequence[SourceOutcome],
+        driver: Driver | None,
+        figures: Sequence[Mapping[str, float]],
+        stopped: str,
+    ) -> RunReport:
+        embed_seconds = driver.last_shard - driver.first_shard if driver and driver.first_shard and driver.tiles else 0.0
+        task_seconds = sum(driver.stages.values()) if driver else 0.0
+        covered = driver.pixels["covered"] if driver else 0
+        busy = [figure["busy"] for figure in figures if "busy" in figure]
+        starved = [figure["starved"] for figure in figures if "starved" in figure]
+        report = RunReport(
+            run=self._journal.run,
+            archive=str(self._archive.path),
+            plan=self._job.plan.key,
+            encoder=spec.key,
+            name=spec.name,
+            untrained=spec.untrained,
+            precision=spec.precision,
+            gate=gate,
+            outcomes=(*skipped, *(driver.outcomes if driver else ())),
+            tiles=driver.tiles if driver else 0,
+            seconds=time.monotonic() - self._start,
+            embed_seconds=embed_seconds,
+            encoder_busy=min(1.0, sum(busy) / len(busy) / embed_seconds) if busy and embed_seconds else 0.0,
+            encoder_starved=min(1.0, sum(starved) / len(starved) / embed_seconds) if starved and embed_seconds else 0.0,
+            stages={stage: driver.stages[stage] / task_seconds if driver and task_seconds else 0.0 for stage in STAGES},
+            decoded=driver.pixels["read"] / covered if driver and covered else 0.0,
+            peak_bytes=int(max((figure["peak_bytes"] for figure in figures), default=0)),
+            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            stopped=stopped,
+            redone=driver.redone if driver else 0,
+            started=self._started,
+            user=getpass.getuser(),
+        )
+        self._journal.report(report.as_dict(paths=False))
+        return report
+
+
+def _check_plan(archive: Archive, plan: PlanSettings, allowed: bool) -> None:
+    plans = archive.plans()
+    if plans and plan.key not in plans and not allowed:
+        known = "; ".join(f"{key}: {settings.describe()}" for key, settings in plans.items())
+        raise UsageError(
+            str(archive.path),
+            f"it holds plan {known}, but {plan.key}: {plan.describe()} was asked for",
+            "use the same settings, or --new-plan to add a second plan beside it",
+        )
+
+
+def _precision(archive: Archive, encode: EncodeSettings, doors: Doors) -> Any:
+    """The precision that `auto` was resolved to for this archive and encoder, if it was."""
+    if encode.precision != "auto":
+        return encode.precision
+    weights = doors.resolve(replace(encode, precision="fp32")).weights
+    for record in archive.encoders().values():
+        if record.spec.name == encode.encoder and record.spec.weights == weights and any(g["asked"] == "auto" for g in record.gates):
+            return record.spec.precision
+    return "auto"

@@ -1,0 +1,161 @@
+"""What a worker is asked to do: gate the encoder, plan a source, embed a shard, complete a source.
+
+Every task takes what it needs by value and opens the rest itself; pixels and vectors never leave the process.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from distributed import get_worker
+
+from patchmill import encoders, plan, sources, stream
+from patchmill.archive import Archive, SourceStore, choose_shard_rows
+from patchmill.cluster.journal import opened
+from patchmill.encoders import GateReport
+from patchmill.errors import SourceError
+from patchmill.types import EncoderSpec, EncodeSettings, Encoder, Plan, PlanSettings, Shard, ShardResult, Slide, SourceRef
+
+__all__ = ["PROGRESS", "Gated", "Job", "Planned", "complete_source", "embed", "gate_encoder", "plan_source"]
+
+PROGRESS = "patchmill-rows"  # topic of the events (source id, rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doors:
+    """How a run opens slides and encoders; tests and benchmarks bring their own, as functions that pickle."""
+
+    open_slide: Callable[[SourceRef], Slide] = sources.open_slide
+    resolve: Callable[[EncodeSettings], EncoderSpec] = encoders.resolve
+    open_encoder: Callable[[EncodeSettings], Encoder] = encoders.open_encoder
+    open_gated: Callable[[EncodeSettings], tuple[Encoder, GateReport]] = encoders.open_gated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What all tasks of one run share."""
+
+    archive: str
+    run: str  # folder of the run's records
+    plan: PlanSettings
+    encode: EncodeSettings
+    full_hash: bool = False
+    shard_rows: int | None = None  # None: chosen from the measured rate
+    doors: Doors = field(default_factory=Doors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gated:
+    """An encoder that passed its gate in a worker."""
+
+    spec: EncoderSpec
+    gate: Mapping[str, Any]  # the report's fields, what was asked for, and the provenance
+    fresh: bool  # made now, not by an earlier run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A source with its geometry fixed and its arrays laid out."""
+
+    source: str
+    rows: int
+    pending: tuple[Shard, ...]
+    mpp: float  # what a tile pixel spans, which may differ a little from what was asked
+    seconds: float
+
+
+def gate_encoder(job: Job, known: Sequence[Mapping[str, Any]]) -> Gated:
+    """Open the encoder, prove it against its reference on this device, and keep it for the shards to come.
+
+    known: gates that this encoder has passed before; one on the same runtime and device is not repeated. Raises
+    EncoderError below the gate's thresholds.
+    """
+    if known:
+        encoder = job.doors.open_encoder(job.encode)
+        for gate in known:
+            if gate["device"] == dict(encoder.provenance):
+                stream.keep(job.encode, encoder, _progress())
+                return Gated(spec=encoder.spec, gate=gate, fresh=False)
+        encoder.close()
+    encoder, report = job.doors.open_gated(job.encode)
+    stream.keep(replace(job.encode, precision=encoder.spec.precision), encoder, _progress())
+    gate = {**asdict(report), "asked": job.encode.precision, "device": dict(encoder.provenance)}
+    return Gated(spec=encoder.spec, gate=gate, fresh=True)
+
+
+def plan_source(job: Job, ref: SourceRef, spec: EncoderSpec, rate: float) -> Planned:
+    """Fix the geometry of a source, or read it where it is fixed already, and lay out the arrays of the encoder.
+
+    rate: tiles per second of the encoder, for the choice of the shard's rows. Raises SourceError.
+    """
+    start = time.perf_counter()
+    with opened(Path(job.run), ref.id, "plan"):
+        store = Archive.open(job.archive).source(ref.id)
+        store.sweep()
+        geometry = _planned_before(store, job, ref) or _plan_now(store, job, ref)
+        row_bytes = 2 * sum(spec.outputs.values())
+        store.begin(job.plan.key, spec, job.shard_rows or choose_shard_rows(geometry.rows, rate, row_bytes))
+        pending = tuple(store.pending(job.plan.key, spec))
+    return Planned(
+        source=ref.id, rows=geometry.rows, pending=pending, mpp=geometry.mpp, seconds=time.perf_counter() - start
+    )
+
+
+def _planned_before(store: SourceStore, job: Job, ref: SourceRef) -> Plan | None:
+    """The plan that the store holds; its source must still have the content that was planned."""
+    if not store.has_plan(job.plan.key):
+        return None
+    fingerprint = store.info()["fingerprint"]
+    if sources.content_fingerprint(ref.path, full=fingerprint.startswith("full"), source=ref.id) != fingerprint:
+        raise SourceError(ref.id, "its content has changed since it was planned", "add it under another id")
+    return store.read_plan(job.plan.key)
+
+
+def _plan_now(store: SourceStore, job: Job, ref: SourceRef) -> Plan:
+    fingerprint = sources.content_fingerprint(ref.path, full=job.full_hash, source=ref.id)
+    slide = job.doors.open_slide(ref)
+    try:
+        geometry = plan.plan_slide(slide, job.plan, ref.id)
+        store.write_plan(geometry, _info(slide, ref, fingerprint))
+    finally:
+        slide.close()
+    return geometry
+
+
+def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
+    """Embed and commit one shard. Raises SourceError, or EncoderError if the encoder stopped."""
+    with opened(Path(job.run), ref.id, str(shard.start)):
+        store = Archive.open(job.archive).source(ref.id)
+        batcher, provenance = stream.batcher_for(job.encode, job.doors.open_encoder, _progress())
+        slide = job.doors.open_slide(ref)
+        try:
+            return stream.embed_shard(
+                shard, slide, store.read_plan(shard.plan), batcher, store, {**provenance, "reader": slide.reader}
+            )
+        finally:
+            slide.close()
+
+
+def complete_source(job: Job, ref: SourceRef, encoder: str) -> int:
+    """Read every shard back and mark the source complete; returns its rows."""
+    return Archive.open(job.archive).source(ref.id).complete(job.plan.key, encoder).rows
+
+
+def _progress() -> Callable[[str, int], None]:
+    worker = get_worker()
+    return lambda source, rows: worker.log_event(PROGRESS, [source, rows])
+
+
+def _info(slide: Slide, ref: SourceRef, fingerprint: str) -> Mapping[str, Any]:
+    """What the archive keeps of a slide, by allow-list."""
+    return {
+        "kind": "slide",
+        "fingerprint": fingerprint,
+        "subject": ref.subject,
+        "mpp": slide.mpp,
+        "reader": slide.reader,
+        "levels": [[level.width, level.height, level.downsample] for level in slide.levels],
+        **slide.metadata,
+    }

@@ -1,0 +1,172 @@
+"""The execution gate: does this session, here and at this precision, give what the weights stand for?
+
+A session is judged on 32 real tiles by the fp32 CPU reference: another graph of the same weights, in standard
+operators, which the runtime may not optimise. Runtimes do get graphs wrong: see NVIDIA/TensorRT issues 4742, 4723.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, UInt8
+from patchmill.encoders.graph import Model
+from patchmill.encoders.session import CpuEncoder
+from patchmill.errors import EncoderError
+from patchmill.types import Encoder, EncoderSpec
+from PIL import Image
+
+__all__ = ["GateReport", "Thresholds", "gate_tiles", "judge", "reference_of", "refusal", "thresholds"]
+
+SIDE = 224  # pixels per side of a shipped tile
+NEIGHBOURS = 10
+
+Vectors = Mapping[str, Float[np.ndarray, "b d"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """What a precision has to reach, on every output. For trained weights: cosine and overlap; else: error."""
+
+    cosine: float  # least, over the tiles, between vectors less the set's mean
+    overlap: float  # mean share of the 10 nearest neighbours that are the same
+    error: float  # greatest, over the tiles: norm of the difference over the norm of the vector
+
+
+# fp32: fusing and reordering sums moves a vector by 1e-6 of its length (measured on S, B and L); 1e-4 is far above that
+#       noise and far below any mistake. A neighbour may still swap where two are equally near.
+# fp16: rounding at 2^-11 in 12 to 24 blocks gives 1e-3 to 3e-3; ten times that is no longer rounding.
+# int8: 8 bits per tile move raw vectors to a cosine of about 0.998; without the set's mean, which all tiles share, a
+#       few times more of what is left is noise. Below 0.97, or with more than one neighbour in ten replaced,
+#       retrieval is no longer that of the model that was asked for.
+THRESHOLDS: Mapping[str, Thresholds] = {
+    "fp32": Thresholds(cosine=0.9999, overlap=0.99, error=1e-4),
+    "fp16": Thresholds(cosine=0.999, overlap=0.97, error=0.02),
+    "int8": Thresholds(cosine=0.97, overlap=0.90, error=0.10),
+}
+
+
+def thresholds(precision: str) -> Thresholds:
+    """The row of the table for one precision."""
+    return THRESHOLDS[precision]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateReport:
+    """What the gate found; stored with the archive."""
+
+    encoder: str  # name
+    precision: str
+    passed: bool
+    why: str  # of this precision
+    trained: bool
+    cosine_min: float
+    overlap: float
+    error_max: float
+    finite: bool
+    batch_equal: bool  # a tile alone gives the same bytes as in a full batch
+    thresholds: Mapping[str, float]
+    tiles_per_second: float
+
+    def text(self) -> str:
+        """The figures in one line."""
+        return (
+            f"cosine {self.cosine_min:.5f} (least {self.thresholds['cosine']}), "
+            f"overlap {self.overlap:.3f} (least {self.thresholds['overlap']}), "
+            f"error {self.error_max:.2g} (most {self.thresholds['error']}), "
+            f"{'finite' if self.finite else 'NOT finite'}, "
+            f"batch of 1 {'equal' if self.batch_equal else 'NOT equal'}"
+        )
+
+
+def gate_tiles(pixels: int) -> UInt8[np.ndarray, "32 h w 3"]:
+    """The tiles that ship with the package, resized to the view where it is not 224 px."""
+    with (files("patchmill.encoders") / "tiles" / "histology.jpg").open("rb") as file, Image.open(file) as mosaic:
+        picture = np.asarray(mosaic.convert("RGB"))
+    rows, columns = picture.shape[0] // SIDE, picture.shape[1] // SIDE
+    tiles = picture.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
+    if pixels == SIDE:
+        return np.ascontiguousarray(tiles)
+    size = (pixels, pixels)
+    return np.stack([np.asarray(Image.fromarray(tile).resize(size, Image.Resampling.BICUBIC)) for tile in tiles])
+
+
+def reference_of(spec: EncoderSpec, model: Model, threads: int | None = None) -> dict[str, Float32[np.ndarray, "b d"]]:
+    """Vectors of the gate's tiles from a reference graph, run as it is written, without optimisation."""
+    encoder = CpuEncoder(spec, model, threads, optimise=False)
+    try:
+        return encoder(gate_tiles(spec.view.pixels))
+    finally:
+        encoder.close()
+
+
+def judge(encoder: Encoder, reference: Vectors, why: str = "") -> GateReport:
+    """Compare an open encoder with the reference on the gate's tiles, and its single tiles with its full batch."""
+    spec = encoder.spec
+    tiles, limits = gate_tiles(spec.view.pixels), thresholds(spec.precision)
+    encoder(tiles[:4])  # warm up
+    start = time.perf_counter()
+    found = encoder(tiles)
+    seconds = time.perf_counter() - start
+    alone = [encoder(tiles[row : row + 1]) for row in range(0, len(tiles), 8)]
+    batch_equal = all(
+        np.array_equal(single[name][0], found[name][row], equal_nan=True)
+        for row, single in zip(range(0, len(tiles), 8), alone, strict=True)
+        for name in found
+    )
+    finite = all(bool(np.isfinite(vectors).all()) for vectors in found.values())
+    cosine, overlap, error = _agreement(found, reference) if finite else (-1.0, 0.0, float(np.finfo(np.float32).max))
+    close = error <= limits.error if spec.untrained else cosine >= limits.cosine and overlap >= limits.overlap
+    return GateReport(
+        encoder=spec.name,
+        precision=spec.precision,
+        passed=finite and batch_equal and close,
+        why=why,
+        trained=not spec.untrained,
+        cosine_min=cosine,
+        overlap=overlap,
+        error_max=error,
+        finite=finite,
+        batch_equal=batch_equal,
+        thresholds=asdict(limits),
+        tiles_per_second=len(tiles) / seconds,
+    )
+
+
+def refusal(report: GateReport) -> EncoderError:
+    """The error for a report that did not pass, with its figures."""
+    wrong = f"the gate refuses {report.precision} on this machine: {report.text()}"
+    do = "try another version of onnxruntime" if report.precision == "fp32" else "use --precision fp32"
+    return EncoderError(report.encoder, wrong, do)
+
+
+def _agreement(found: Vectors, reference: Vectors) -> tuple[float, float, float]:
+    """The worst over the outputs: least centred cosine, mean overlap of neighbours, greatest relative error."""
+    rows = [_compare(found[name].astype(np.float64), reference[name].astype(np.float64)) for name in reference]
+    cosine, overlap, error = zip(*rows, strict=True)
+    return min(cosine), min(overlap), max(error)
+
+
+def _compare(found: Float[np.ndarray, "b d"], wanted: Float[np.ndarray, "b d"]) -> tuple[float, float, float]:
+    length = np.linalg.norm(wanted, axis=1)
+    error = np.linalg.norm(found - wanted, axis=1) / np.maximum(length, np.finfo(float).tiny)
+    centre = wanted.mean(axis=0)
+    left, right = _unit(found - centre), _unit(wanted - centre)
+    shared = (_nearest(left) & _nearest(right)).sum(axis=1) / NEIGHBOURS
+    return float((left * right).sum(axis=1).min()), float(shared.mean()), float(error.max())
+
+
+def _unit(vectors: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Float[np.ndarray, "b d"] = vectors / np.maximum(lengths, np.finfo(float).tiny)
+    return unit
+
+
+def _nearest(unit: Float[np.ndarray, "b d"]) -> Bool[np.ndarray, "b b"]:
+    """Which rows are among the nearest of each row, itself excluded."""
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    nearest = np.zeros(similarity.shape, bool)
+    np.put_along_axis(nearest, np.argsort(-similarity, axis=1, kind="stable")[:, :NEIGHBOURS], True, axis=1)
+    return nearest

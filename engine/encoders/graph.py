@@ -1,0 +1,97 @@
+"""A small author of ONNX graphs: nodes with unique names, weights kept beside the protobuf and not in it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+__all__ = ["Graph", "Model"]
+
+OPSET = 20  # the first with Gelu; TensorRT 10 and ONNX Runtime 1.17 know it
+IR_VERSION = 10  # what ONNX Runtime 1.18 and newer read
+INLINE = 1024  # bytes; smaller constants (shapes, indices) stay in the protobuf
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A finished graph. The large tensors are named in `proto` as external data and live in `arrays`.
+
+    So neither protobuf's limit of 2 GB nor a second copy of the weights comes into play.
+    """
+
+    proto: onnx.ModelProto
+    arrays: Mapping[str, np.ndarray]
+
+    def embedded(self) -> onnx.ModelProto:
+        """The same graph in one piece, to be checked, or saved with `onnx.save_model`."""
+        whole = onnx.ModelProto()
+        whole.CopyFrom(self.proto)
+        for tensor in whole.graph.initializer:
+            if tensor.name in self.arrays:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(self.arrays[tensor.name], tensor.name))
+        return whole
+
+
+class Graph:
+    """A graph under construction. A value is known by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, np.ndarray] = {}
+
+    def op(self, kind: str, *inputs: str, name: str, domain: str = "", **attributes: Any) -> str:
+        """Append a node with one output, and return that output's name."""
+        self.nodes.append(helper.make_node(kind, inputs, [name], name=name, domain=domain, **attributes))
+        return name
+
+    def split(self, value: str, names: Sequence[str], axis: int) -> list[str]:
+        """Append a node that cuts a value into equal parts."""
+        self.nodes.append(helper.make_node("Split", [value], names, axis=axis, num_outputs=len(names)))
+        return list(names)
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """Add a constant; asking again for a name with the same content is fine, which shares shapes and tables."""
+        array = np.ascontiguousarray(array) if array.ndim else array
+        if name in self.constants and not np.array_equal(self.constants[name], array):
+            raise ValueError(f"two constants are called {name}")
+        self.constants.setdefault(name, array)
+        return name
+
+    def ints(self, name: str, *values: int) -> str:
+        """Add an int64 vector: a shape, axes or bounds."""
+        return self.constant(name, np.array(values, np.int64))
+
+    def cast(self, value: str, dtype: type[np.generic]) -> str:
+        """Append a conversion to another dtype."""
+        to = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        return self.op("Cast", value, name=f"{value}.{np.dtype(dtype).name}", to=to)
+
+    def finish(self, inputs: Mapping[str, Sequence[int | str]], outputs: Mapping[str, Sequence[int | str]]) -> Model:
+        """Close the graph. inputs: uint8, outputs: float32, each as name -> shape with "B" for the batch."""
+        arrays = {name: array for name, array in self.constants.items() if array.nbytes > INLINE}
+        graph = helper.make_graph(
+            self.nodes,
+            self.name,
+            [helper.make_tensor_value_info(name, TensorProto.UINT8, shape) for name, shape in inputs.items()],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+            [
+                _external(name, array) if name in arrays else onnx.numpy_helper.from_array(array, name)
+                for name, array in self.constants.items()
+            ],
+        )
+        domains = {"": OPSET} | {node.domain: 1 for node in self.nodes if node.domain}
+        imports = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+        proto = helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="patchmill")
+        return Model(proto, arrays)
+
+
+def _external(name: str, array: np.ndarray) -> onnx.TensorProto:
+    """A tensor's name, shape and type; the bytes are handed to the session apart."""
+    tensor = TensorProto(name=name, data_location=TensorProto.EXTERNAL, dims=array.shape)
+    tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor.external_data.add(key="location", value="memory")
+    return tensor

@@ -1,0 +1,199 @@
+"""Reading `.pth` files without torch and without trusting them: an unpickler that knows tensors and nothing else.
+
+Both formats of torch.save: the zip archive (torch 1.6 and newer) and the older sequence of pickles. Source:
+torch/serialization.py and torch/_utils.py.
+"""
+
+import io
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+__all__ = ["RefusedError", "read_torch"]
+
+STORAGES: Mapping[
+    str, str
+] = {  # torch's class -> NumPy's dtype in little-endian order; bfloat16 is widened after reading
+    "DoubleStorage": "<f8",
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "|i1",
+    "ByteStorage": "|u1",
+    "BoolStorage": "|b1",
+}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+
+
+class RefusedError(ValueError):
+    """The file is damaged, is no file of tensors, or asks for code to be run. The text says which."""
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Numbers that tensors are cut from; read after the pickle that names them."""
+
+    key: str
+    dtype: str
+    count: int
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A window on a storage, in elements."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _StorageType:
+    """What a class such as torch.FloatStorage stands for in the pickle."""
+
+    dtype: str
+
+
+def read_torch(path: Path) -> dict[str, np.ndarray]:
+    """Tensors of a state dict by name; bfloat16 is returned as float32, what is no tensor is left out.
+
+    Raises RefusedError if the file is damaged, is no state dict, or names any class or function that is not needed to
+    describe tensors. Raises OSError if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            described, storages = _zip(file) if zipfile.is_zipfile(file) else _legacy(file)
+            return _arrays(described, storages)
+    except RefusedError:
+        raise
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, struct.error) as error:
+        raise RefusedError(f"is damaged or no .pth file ({type(error).__name__})") from error
+    # A hostile pickle can make the unpickler raise nearly anything.
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        raise RefusedError(f"is damaged or no .pth file ({type(error).__name__})") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolves the handful of names that a state dict needs, and refuses all others by name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in STORAGES:
+            return _StorageType(STORAGES[name])
+        raise RefusedError(f"holds a call to {module}.{name}, which weights do not need")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case ("storage", _StorageType(dtype), str(key), str(), int(count), *view) if count >= 0 and view in (
+                [],
+                [None],
+            ):
+                return _Storage(key, dtype, count)
+        raise RefusedError("names a storage in an unknown way")
+
+
+def _rebuild_tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> _Tensor:
+    """Stand-in for torch._utils._rebuild_tensor_v2; gradients and hooks are ignored."""
+    match storage, offset, size, stride:
+        case _Storage(), int(start), tuple(lengths), tuple(steps) if len(lengths) == len(steps) and all(
+            type(number) is int and number >= 0 for number in (start, *lengths, *steps)
+        ):
+            return _Tensor(storage, start, lengths, steps)
+    raise RefusedError("describes a tensor in an unknown way")
+
+
+Storages = Callable[[_Storage], np.ndarray]
+
+
+def _zip(file: BinaryIO) -> tuple[object, Storages]:
+    """The format of torch 1.6: one folder with `data.pkl` and a member per storage; the zip's CRCs are checked."""
+    archive = zipfile.ZipFile(file)
+    pickles = [name for name in archive.namelist() if name.endswith("data.pkl") and name.count("/") <= 1]
+    if len(pickles) != 1:
+        raise RefusedError("is a zip archive without weights")
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+        raise RefusedError("was written on a big-endian machine")
+
+    def read(storage: _Storage) -> np.ndarray:
+        member = archive.getinfo(f"{folder}data/{storage.key}")
+        if member.file_size != storage.count * storage.itemsize:  # also bounds what a compressed member may expand to
+            raise RefusedError(
+                f"stores {member.file_size} bytes where {storage.count * storage.itemsize} are described"
+            )
+        return _numbers(archive.read(member), storage)
+
+    return _Unpickler(io.BytesIO(archive.read(pickles[0]))).load(), read
+
+
+def _legacy(file: BinaryIO) -> tuple[object, Storages]:
+    """The format before torch 1.6: magic, protocol, platform, the state, the storages' keys, then their bytes."""
+    file.seek(0)
+    if _Unpickler(file).load() != LEGACY_MAGIC or _Unpickler(file).load() != LEGACY_PROTOCOL:
+        raise RefusedError("is no .pth file")
+    platform = _Unpickler(file).load()
+    if not isinstance(platform, dict) or platform.get("little_endian") is not True:
+        raise RefusedError("was written on a big-endian machine")
+    described = _Unpickler(file).load()
+    keys = _Unpickler(file).load()
+    if not isinstance(described, dict):
+        raise RefusedError("is no dictionary of tensors")
+    known = {value.storage.key: value.storage for value in described.values() if isinstance(value, _Tensor)}
+    blocks: dict[str, np.ndarray] = {}
+    for key in keys:
+        storage = known.get(key)
+        (count,) = struct.unpack("<q", file.read(8))
+        if storage is None or count != storage.count:
+            raise RefusedError("describes other storages than it holds")
+        blocks[key] = _numbers(file.read(count * storage.itemsize), storage)
+    return described, lambda storage: blocks[storage.key]
+
+
+def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
+    """The storage as a flat array. Raises RefusedError if the file ends too early."""
+    if len(data) != storage.count * storage.itemsize:
+        raise RefusedError("is cut short")
+    if storage.dtype == "bfloat16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, storage.dtype)
+
+
+def _arrays(described: object, storages: Storages) -> dict[str, np.ndarray]:
+    """Cut every described tensor out of its storage, after checking that it lies inside."""
+    if not isinstance(described, dict):
+        raise RefusedError("is no dictionary of tensors")
+    blocks: dict[_Storage, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for name, tensor in described.items():
+        if not isinstance(name, str):
+            raise RefusedError("is no dictionary of tensors")
+        if not isinstance(tensor, _Tensor):
+            continue
+        last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.size, tensor.stride, strict=True))
+        if 0 not in tensor.size and last >= tensor.storage.count:
+            raise RefusedError(f"describes {name} beyond the end of its numbers")
+        if tensor.storage not in blocks:
+            blocks[tensor.storage] = storages(tensor.storage)
+        flat = blocks[tensor.storage][tensor.offset :]
+        strides = [step * flat.itemsize for step in tensor.stride]
+        arrays[name] = np.lib.stride_tricks.as_strided(flat, tensor.size, strides, writeable=False)
+    return arrays

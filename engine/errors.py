@@ -1,0 +1,51 @@
+"""The one tree of errors. Imports nothing, so that every package may raise them.
+
+PatchmillError
+├── UsageError      an option, a catalog or an archive that does not fit what was asked; exit code 2
+├── SourceError     one source cannot be read or embedded; the others go on, exit code 1
+│   └── TransientError  the same, but trying again later may cure it (a lost mount)
+├── NoSpaceError    the archive's disk is full: no source can go on, so the run stops; exit code 1
+├── EncoderError    weights, graph, runtime or precision refused; exit code 2
+└── ArchiveError    the archive's own files are missing, damaged or written by something else; exit code 2
+"""
+
+__all__ = ["ArchiveError", "EncoderError", "NoSpaceError", "PatchmillError", "SourceError", "TransientError", "UsageError"]
+
+
+class PatchmillError(Exception):
+    """Where, what is wrong, what to do.
+
+    where: an option, a file or a source id. Errors that end up in run records (SourceError and its kin) carry
+    the source's id, never a path. `wrong` and `do` are one line each, without a full stop.
+    """
+
+    def __init__(self, where: str, wrong: str, do: str) -> None:
+        super().__init__(where, wrong, do)  # pickle rebuilds it from args, so it comes back through Dask
+        self.where, self.wrong, self.do = where, wrong, do
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.wrong}; {self.do}"
+
+
+class UsageError(PatchmillError):
+    """What was asked for cannot be done as asked."""
+
+
+class SourceError(PatchmillError):
+    """One source cannot be read, planned or embedded."""
+
+
+class TransientError(SourceError):
+    """One source could not be processed now; the same command may succeed later."""
+
+
+class NoSpaceError(PatchmillError):
+    """The archive's disk is full."""
+
+
+class EncoderError(PatchmillError):
+    """Weights, graph, runtime or precision are refused."""
+
+
+class ArchiveError(PatchmillError):
+    """The archive's own files are missing, damaged or foreign."""

@@ -1,0 +1,20 @@
+"""FAISS over an archive's embeddings: build, search, and which embeddings are meant."""
+
+from patchmill.index.build import IndexReport, build_index
+from patchmill.index.choice import Choice, choose
+from patchmill.index.places import tile_at
+from patchmill.index.search import Exclusion, Found, Index, open_index
+from patchmill.index.vectors import good_vectors
+
+__all__ = [
+    "Choice",
+    "Exclusion",
+    "Found",
+    "Index",
+    "IndexReport",
+    "build_index",
+    "choose",
+    "good_vectors",
+    "open_index",
+    "tile_at",
+]

@@ -1,0 +1,74 @@
+"""Which of an archive's embeddings are meant: one plan, one encoder, one of its outputs."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from patchmill.archive import Archive
+from patchmill.errors import UsageError
+from patchmill.types import EncoderSpec, PlanSettings
+
+__all__ = ["Choice", "choose"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One plan, one encoder and one of its outputs: vectors of one kind that may be compared with each other."""
+
+    plan: str  # plan key
+    encoder: str  # encoder key
+    output: str  # cls, mean
+    dim: int  # width of the vectors
+    encoder_name: str
+    untrained: bool  # the weights are random: the vectors mean nothing
+
+
+def choose(
+    archive: Archive, *, plan: str | None = None, encoder: str | None = None, output: str | None = None
+) -> Choice:
+    """The one (plan, encoder, output) that the arguments single out among the complete embeddings of the archive.
+
+    plan: a plan key or its beginning. encoder: an encoder key, its beginning or an encoder's name. output: one of
+    the encoder's outputs; None is the one that it names first. Raises UsageError where nothing is complete, where
+    nothing matches, and where several (plan, encoder) pairs are left: it names them.
+    """
+    plans = archive.plans()
+    specs = {key: record.spec for key, record in archive.encoders().items()}
+    sources = Counter(pair for id in archive.source_ids() for pair in archive.source(id).embedded())
+    if not sources:
+        raise UsageError("archive", "no source in it is completely embedded", "run patchmill embed first")
+    pairs = [
+        (plan_key, encoder_key)
+        for plan_key, encoder_key in sorted(sources)
+        if (plan is None or plan_key.startswith(plan))
+        and (encoder is None or encoder_key.startswith(encoder) or specs[encoder_key].name == encoder)
+    ]
+    if not pairs:
+        given = (("--plan", plan), ("--encoder", encoder))
+        asked = " ".join(f"{option} {text}" for option, text in given if text is not None)
+        raise UsageError(asked, "no complete source has these embeddings", _offer(sorted(sources), plans, specs))
+    if len(pairs) > 1:
+        raise UsageError("archive", f"it holds {len(pairs)} kinds of embeddings", _offer(pairs, plans, specs))
+    plan_key, encoder_key = pairs[0]
+    spec = specs[encoder_key]
+    name = next(iter(spec.outputs)) if output is None else output
+    if name not in spec.outputs:
+        raise UsageError("--output", f"{spec.name} has no output {name!r}", f"choose one of {', '.join(spec.outputs)}")
+    return Choice(
+        plan=plan_key,
+        encoder=encoder_key,
+        output=name,
+        dim=spec.outputs[name],
+        encoder_name=spec.name,
+        untrained=spec.untrained,
+    )
+
+
+def _offer(pairs: Iterable[tuple[str, str]], plans: dict[str, PlanSettings], specs: dict[str, EncoderSpec]) -> str:
+    """What may be chosen, as an advice in one line."""
+    choices = (
+        f"--plan {plan} --encoder {encoder} ({plans[plan].describe()}; "
+        f"{specs[encoder].name} {specs[encoder].precision}, {specs[encoder].view.pixels} px)"
+        for plan, encoder in pairs
+    )
+    return f"choose one: {' or '.join(choices)}"

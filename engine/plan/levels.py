@@ -1,0 +1,40 @@
+"""Which level of a pyramid tiles are read from, and how much they are shrunk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from patchmill.errors import SourceError
+from patchmill.types import Level
+
+__all__ = ["Reading", "choose_level"]
+
+TOLERANCE = 0.05  # a level whose mpp is this near to the target is taken as it is: scanners' own mpp vary as much
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How tiles at the target mpp come out of a pyramid."""
+
+    level: int
+    ratio: float  # pixels of that level per tile pixel; exactly 1 where tiles are copied
+    mpp: float  # micrometres that a tile pixel really spans
+
+
+def choose_level(levels: Sequence[Level], mpp: float, target: float, source: str) -> Reading:
+    """The coarsest level that is at least as fine as the target, within 5 %; pixels are only ever shrunk.
+
+    mpp: micrometres per level-0 pixel. target: micrometres per tile pixel. Raises SourceError where every level is
+    coarser than the target.
+    """
+    fine = [i for i, level in enumerate(levels) if mpp * level.downsample <= target * (1 + TOLERANCE)]
+    if not fine:
+        raise SourceError(
+            source,
+            f"its finest level has {mpp:g} µm/px, {target:g} would enlarge it",
+            f"use --mpp {mpp:g} or more, or leave the slide out",
+        )
+    level = max(fine, key=lambda i: levels[i].downsample)
+    own = mpp * levels[level].downsample
+    if own >= target * (1 - TOLERANCE):
+        return Reading(level, 1.0, own)
+    return Reading(level, round(target / own, 9), target)  # 0.3 / 0.1 is 3, not 2.9999999999999996

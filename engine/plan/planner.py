@@ -1,0 +1,77 @@
+"""From a slide and settings to its plan."""
+
+import numpy as np
+from jaxtyping import Float32
+
+from patchmill.errors import SourceError
+from patchmill.plan.grid import block_order, block_side, starts, to_level_0
+from patchmill.plan.levels import choose_level
+from patchmill.plan.tissue import TissueMask, tissue_mask
+from patchmill.types import Plan, PlanSettings, Slide
+
+__all__ = ["plan_slide"]
+
+
+def plan_slide(slide: Slide, settings: PlanSettings, source: str) -> Plan:
+    """All tiles of a slide at the target mpp, in block order; 0 rows where there is no tissue.
+
+    source: the id that errors name. With tissue "none" every whole tile is kept, and its tissue fraction, which nobody
+    measured, is stored as 255. Raises SourceError where the slide is coarser than the target mpp or smaller than a
+    tile, and what reading it raises.
+    """
+    reading = choose_level(slide.levels, slide.mpp, settings.mpp, source)
+    level = slide.levels[reading.level]
+    step = (settings.tile - settings.overlap) * reading.ratio
+    extent = settings.tile * reading.ratio
+    x, y = starts(level.width, step, extent), starts(level.height, step, extent)
+    if not (len(x) and len(y)):
+        um = slide.mpp * level.downsample
+        raise SourceError(
+            source,
+            f"the slide is {level.width * um:.0f} x {level.height * um:.0f} µm, "
+            f"a tile of {settings.tile} px at {reading.mpp:g} µm/px needs {extent * um:.0f} µm",
+            "use a smaller --tile or --mpp, or leave the slide out",
+        )
+    if settings.tissue == "none":
+        fraction = np.ones((len(y), len(x)), np.float32)
+    else:
+        span = extent * level.downsample
+        fraction = tissue_fractions(tissue_mask(slide), x * level.downsample, y * level.downsample, span)
+    # A fraction is a sum of areas in floating point: a tile that is all tissue may come out as 0.9999999.
+    row, column = np.nonzero((fraction >= settings.min_tissue - 1e-6) & (fraction > 0))
+    block = block_side(step)
+    order = block_order(column, row, block)
+    row, column = row[order], column[order]
+    return Plan(
+        settings=settings,
+        level=reading.level,
+        downsample=level.downsample,
+        ratio=reading.ratio,
+        mpp=reading.mpp,
+        block=block,
+        coords=to_level_0(np.stack([x[column], y[row]], axis=1), level.downsample),
+        tissue=np.rint(fraction[row, column] * 255).astype(np.uint8),
+    )
+
+
+def tissue_fractions(
+    mask: TissueMask, x: np.ndarray, y: np.ndarray, span: float
+) -> Float32[np.ndarray, "rows columns"]:
+    """Share of tissue in the square of `span` level-0 pixels at every (x, y) of a grid; exact for parts of mask pixels.
+
+    x, y: level-0 pixels of the grid's columns and rows. The integral of the mask is linear between the corners of its
+    pixels, so interpolating the integral image gives areas, not estimates.
+    """
+    down = np.pad(np.cumsum(mask.tissue, axis=0, dtype=np.float64), ((1, 0), (0, 0)))
+    strips = (between(down, (y + span) / mask.scale) - between(down, y / mask.scale)) * mask.scale
+    across = np.pad(np.cumsum(strips, axis=1), ((0, 0), (1, 0))).T
+    areas = (between(across, (x + span) / mask.scale) - between(across, x / mask.scale)).T * mask.scale
+    return np.clip(areas / span**2, 0, 1).astype(np.float32)
+
+
+def between(integral: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Rows of an integral at fractional positions, linearly between the whole ones."""
+    at = np.clip(at, 0, len(integral) - 1)
+    low = np.minimum(at.astype(np.int64), len(integral) - 2)
+    part = (at - low)[:, None]
+    return integral[low] * (1 - part) + integral[low + 1] * part

@@ -1,0 +1,178 @@
+"""From what the user names (files, folders, globs, catalogs) to a sorted list of sources."""
+
+import csv
+import glob
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from patchmill.errors import UsageError
+
+__all__ = ["CatalogEntry", "find_sources"]
+
+SLIDE_SUFFIXES = frozenset(  # what OpenSlide opens and a folder is searched for; a file named by itself may have any
+    {".bif", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu"}
+)
+COLUMNS = frozenset({"path", "id", "mpp", "patient"})  # of a catalog; every other column is a label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogEntry:
+    """One source as the user named it. Holds what must stay private: paths, patients, labels."""
+
+    name: str  # what the source's id is made from: the catalog's id, else the path relative to what was named
+    path: str  # absolute
+    mpp: float | None = None  # micrometres per level-0 pixel that override the file's own
+    patient: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_sources(paths: Sequence[str | os.PathLike[str]]) -> tuple[CatalogEntry, ...]:
+    """All sources that files, folders, globs and CSV catalogs name, sorted by name.
+
+    Folders are searched with their subfolders for the suffixes of slides. A catalog has a column `path` (relative to
+    its own folder), and may have `id`, `mpp`, `patient`; every other column is a label. A file that is missing, empty
+    or no slide is an entry all the same: opening it fails, and the others go on.
+
+    Raises UsageError: nothing there, a folder without slides or not readable, a catalog that is no catalog, two
+    sources of one name, one file named twice.
+    """
+    found: list[CatalogEntry] = []
+    for path in paths:
+        found.extend(entries_of(os.fspath(path)))
+    if not found:
+        raise UsageError("SRC", "nothing is named", "name slides, folders, globs or a .csv catalog")
+    return distinct(found)
+
+
+def entries_of(src: str) -> Iterator[CatalogEntry]:
+    """The entries of one SRC."""
+    path = Path(src)
+    if os.path.isdir(src):
+        yield from folder(path, path, src)
+    elif path.suffix.lower() == ".csv":
+        yield from catalog(path)
+    elif os.path.lexists(src):
+        yield entry(path.name, path)
+    elif glob.has_magic(src):
+        yield from matches(src)
+    elif path.suffix:  # a slide that is missing fails by itself
+        yield entry(path.name, path)
+    else:
+        raise UsageError(src, "there is no such file or folder", "check the path")
+
+
+def entry(name: str, path: Path) -> CatalogEntry:
+    """An entry of a file that no catalog describes."""
+    return CatalogEntry(name=name, path=os.path.abspath(path))
+
+
+def folder(top: Path, base: Path, src: str) -> Iterator[CatalogEntry]:
+    """The slides in a folder and its subfolders, named relative to `base`. src: what errors name."""
+
+    def refuse(error: OSError) -> None:
+        where = os.fspath(error.filename or top)
+        raise UsageError(where, f"the folder cannot be read ({type(error).__name__})", "make it readable") from error
+
+    empty = True
+    for here, folders, files in os.walk(top, onerror=refuse):
+        companions = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
+        folders[:] = [name for name in folders if name not in companions]  # an MRXS keeps its pixels in there
+        for name in files:
+            if Path(name).suffix.lower() in SLIDE_SUFFIXES:
+                empty = False
+                yield entry((Path(here) / name).relative_to(base).as_posix(), Path(here) / name)
+    if empty:
+        raise UsageError(src, "no slide is in this folder", f"slides end in {', '.join(sorted(SLIDE_SUFFIXES))}")
+
+
+def matches(pattern: str) -> Iterator[CatalogEntry]:
+    """The files and folders that a glob matches, named relative to its fixed part."""
+    found = sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise UsageError(pattern, "nothing matches", "check the pattern and quote it")
+    fixed: list[str] = []
+    for part in Path(pattern).parts[:-1]:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    base = Path(*fixed)
+    for match in map(Path, found):
+        if match.is_dir():
+            if "**" not in pattern:  # ** matches every folder and its files too
+                yield from folder(match, base, os.fspath(match))
+        else:
+            yield entry(match.relative_to(base).as_posix(), match)
+
+
+def catalog(path: Path) -> Iterator[CatalogEntry]:
+    """The rows of a CSV catalog."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = reader.fieldnames or []
+            if "path" not in header:
+                raise UsageError(str(path), "the catalog has no column `path`", "give it a header line with `path`")
+            if len(set(header)) < len(header):
+                raise UsageError(str(path), "two columns have the same name", "rename one")
+            rows = [(reader.line_num, row) for row in reader]
+    except FileNotFoundError as error:
+        raise UsageError(str(path), "there is no such catalog", "check the path") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        wrong = f"the catalog cannot be read ({type(error).__name__})"
+        raise UsageError(str(path), wrong, "save it as CSV in UTF-8") from error
+    if not rows:
+        raise UsageError(str(path), "the catalog names no source", "add a line per slide")
+    for line, row in rows:
+        yield described(path, line, row)
+
+
+def described(catalog: Path, line: int, row: Mapping[str | None, str | list[str] | None]) -> CatalogEntry:
+    """The entry of one row of a catalog."""
+    where = f"{catalog}, line {line}"
+    cells: dict[str, str] = {}
+    for column, cell in row.items():
+        if column is None or not isinstance(cell, str):
+            raise UsageError(where, "it has more or fewer cells than the header", "quote cells that hold commas")
+        cells[column] = cell.strip()
+    if not cells["path"]:
+        raise UsageError(where, "the path is empty", "name a file")
+    path = os.path.abspath(catalog.parent / cells["path"])
+    return CatalogEntry(
+        name=cells.get("id") or Path(os.path.relpath(path, catalog.parent)).as_posix(),
+        path=path,
+        mpp=mpp_in(cells.get("mpp", ""), where),
+        patient=cells.get("patient") or None,
+        labels={column: cell for column, cell in cells.items() if column not in COLUMNS and cell},
+    )
+
+
+def mpp_in(cell: str, where: str) -> float | None:
+    """The mpp in a cell of a catalog; None if it is empty."""
+    if not cell:
+        return None
+    try:
+        mpp = float(cell)
+    except ValueError as error:
+        raise UsageError(where, f"mpp {cell!r} is no number", "write µm per pixel with a point, as 0.25") from error
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise UsageError(where, f"mpp {cell} is no resolution", "write µm per pixel, as 0.25")
+    return mpp
+
+
+def distinct(found: Sequence[CatalogEntry]) -> tuple[CatalogEntry, ...]:
+    """Sorted by name; what is named twice in the same words counts once, anything less clear is refused."""
+    by_name: dict[str, CatalogEntry] = {}
+    by_file: dict[str, CatalogEntry] = {}
+    for new in found:
+        old = by_name.setdefault(new.name, new)
+        if old != new:
+            wrong = f"two sources have this name: {old.path} and {new.path}"
+            raise UsageError(new.name, wrong, "name their common folder, or give ids in a catalog")
+        old = by_file.setdefault(os.path.realpath(new.path), new)
+        if old.name != new.name:
+            wrong = f"the file is named twice, as {old.name!r} and as {new.name!r}"
+            raise UsageError(new.path, wrong, "name it once")
+    return tuple(by_name[name] for name in sorted(by_name))

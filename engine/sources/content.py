@@ -1,0 +1,57 @@
+"""A fingerprint of a source's content, so that a moved file is recognised and a changed one is noticed."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from patchmill.sources.files import failure
+
+__all__ = ["content_fingerprint"]
+
+ENDS = 1 << 20  # bytes read at the start and at the end: headers and directories of nearly all formats
+SAMPLE = 64 << 10
+SAMPLES = 14  # between the ends
+
+
+def content_fingerprint(path: str, full: bool = False, source: str = "source") -> str:
+    """'sampled:SIZE:SHA256' or 'full:SIZE:SHA256' of a file, with the companion folder of an MRXS.
+
+    Sampled: the first and the last MiB and 14 samples of 64 KiB evenly between them, of every file; files of up to
+    2.875 MiB are read whole. size: bytes of all files together. source: the id that errors name.
+    Raises SourceError, or TransientError where the storage fails.
+    """
+    digest, total = hashlib.sha256(), 0
+    try:
+        for name, file in parts(Path(path)):
+            size = os.stat(file).st_size
+            total += size
+            if name:
+                digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            with open(file, "rb") as opened:
+                for offset, length in [(0, size)] if full else samples(size):
+                    opened.seek(offset)
+                    while length > 0 and (chunk := opened.read(min(length, ENDS))):
+                        digest.update(chunk)
+                        length -= len(chunk)
+    except OSError as error:
+        raise failure(source, error) from error
+    return f"{'full' if full else 'sampled'}:{total}:{digest.hexdigest()}"
+
+
+def parts(path: Path) -> Iterator[tuple[str, Path]]:
+    """The file itself, without a name so that renaming it changes nothing, and what lies in its companion folder."""
+    yield "", path
+    companion = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and companion.is_dir():
+        inside = sorted((file.relative_to(companion).as_posix(), file) for file in companion.rglob("*"))
+        yield from ((name, file) for name, file in inside if file.is_file())
+
+
+def samples(size: int) -> list[tuple[int, int]]:
+    """Offset and length of what is read of a file of so many bytes."""
+    if size <= 2 * ENDS + SAMPLES * SAMPLE:
+        return [(0, size)]
+    gap = (size - 2 * ENDS - SAMPLE) / (SAMPLES - 1)
+    between = [(ENDS + round(i * gap), SAMPLE) for i in range(SAMPLES)]
+    return [(0, ENDS), *between, (size - ENDS, ENDS)]

@@ -1,0 +1,36 @@
+"""The border where the operating system's errors become ours."""
+
+import errno
+import os
+
+from patchmill.errors import SourceError, TransientError
+from patchmill.types import SourceRef
+
+__all__ = ["check_readable", "failure"]
+
+TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN})
+
+
+def check_readable(ref: SourceRef) -> None:
+    """Raise SourceError if the file is missing, empty or forbidden, TransientError if its storage fails."""
+    try:
+        if os.path.isdir(ref.path):
+            raise SourceError(ref.id, "it is a folder, not a slide", "name the slide's own file")
+        with open(ref.path, "rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise failure(ref.id, error) from error
+    if empty:
+        raise SourceError(ref.id, "the file is empty", "copy it again")
+
+
+def failure(source: str, error: OSError) -> SourceError:
+    """What to raise for an error of the file system: never its text, which holds a path."""
+    if isinstance(error, FileNotFoundError):
+        return SourceError(source, "there is no such file", "check the path and that its disk is mounted")
+    if isinstance(error, PermissionError):
+        return SourceError(source, "permission denied", "make the file readable for this user")
+    name = errno.errorcode.get(error.errno or 0, "no errno")
+    if error.errno in TRANSIENT or isinstance(error, TimeoutError):
+        return TransientError(source, f"its storage fails ({name})", "run the same command again later")
+    return SourceError(source, f"it cannot be read ({type(error).__name__}, {name})", "check the file")

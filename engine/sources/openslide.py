@@ -1,0 +1,155 @@
+"""Slides through OpenSlide: every pyramid that it opens, in level pixels, as RGB on white.
+
+Label and macro images ("associated images") are never read: they show patients' names.
+"""
+
+import math
+from collections.abc import Mapping
+from threading import Lock
+
+import numpy as np
+import openslide
+from jaxtyping import UInt8
+
+from patchmill.errors import SourceError
+from patchmill.sources.files import check_readable
+from patchmill.types import Level, SourceRef
+
+__all__ = ["OpenSlideSlide"]
+
+CACHE_BYTES = 64 << 20  # decoded tiles kept per open slide; two rows of blocks of 2,048 px share their seam through it
+ANISOTROPY = 0.05  # pixels less square than this are refused: one mpp cannot describe them
+KEPT = {  # property of OpenSlide -> our name and type; nothing else of a file's properties is kept
+    openslide.PROPERTY_NAME_VENDOR: ("vendor", str),
+    openslide.PROPERTY_NAME_OBJECTIVE_POWER: ("objective", float),
+    openslide.PROPERTY_NAME_BOUNDS_X: ("bounds_x", int),
+    openslide.PROPERTY_NAME_BOUNDS_Y: ("bounds_y", int),
+    openslide.PROPERTY_NAME_BOUNDS_WIDTH: ("bounds_width", int),
+    openslide.PROPERTY_NAME_BOUNDS_HEIGHT: ("bounds_height", int),
+}
+
+
+class OpenSlideSlide:
+    """A slide that OpenSlide opens. Safe to read from several threads at once.
+
+    OpenSlide's handles latch errors: after one failed read, every later one fails. So a failed read replaces the
+    handle, and the next read, of another place, succeeds again.
+
+    On a level whose downsample is no whole number, OpenSlide places regions by level-0 pixels and interpolates: there
+    a read equals `read_region` at floor(x * downsample), and differs by a fraction of a pixel from a part of a larger
+    read.
+    """
+
+    def __init__(self, ref: SourceRef) -> None:
+        """Open the file. Raises SourceError, or TransientError where trying again may help; both name ref.id."""
+        self._ref = ref
+        self._lock = Lock()
+        self._cache = openslide.OpenSlideCache(CACHE_BYTES)
+        check_readable(ref)
+        handle = self._open()
+        self._handle: openslide.OpenSlide | None = handle
+        try:
+            properties = dict(handle.properties)
+            sizes, downsamples = handle.level_dimensions, handle.level_downsamples
+        except openslide.OpenSlideError as error:
+            raise self._failed("its properties cannot be read", error) from error
+        self.reader = f"openslide {openslide.__library_version__}"
+        self.levels = tuple(Level(w, h, float(d)) for (w, h), d in zip(sizes, downsamples, strict=True))
+        self.mpp = ref.mpp if ref.mpp is not None else mpp_of(properties, ref.id)
+        if not (math.isfinite(self.mpp) and self.mpp > 0):
+            raise SourceError(ref.id, f"{self.mpp} is no resolution", "use --mpp-override with µm per pixel, as 0.25")
+        self.metadata: Mapping[str, str | int | float] = metadata_of(properties, len(self.levels))
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Pixels of a rectangle of one level, in that level's own pixels; transparent and outside areas are white.
+
+        Equal to OpenSlide's `read_region` wherever that is opaque. Raises SourceError if the file cannot be decoded
+        there, TransientError if the file has gone.
+        """
+        handle = self._handle
+        if handle is None:
+            raise SourceError(self._ref.id, "it is read after it was closed", "keep it open until the last read")
+        downsample = self.levels[level].downsample
+        corner = (math.floor(x * downsample), math.floor(y * downsample))
+        try:
+            image = handle.read_region(corner, level, (width, height))
+        except openslide.OpenSlideError as error:
+            self._replace(handle)
+            raise self._failed(f"undecodable at level {level}, x {x}, y {y}", error) from error
+        return on_white(np.asarray(image))
+
+    def close(self) -> None:
+        """Release the file, at once or as soon as the last running read has returned."""
+        with self._lock:
+            self._handle = None  # the handle closes the file when nothing refers to it any more
+
+    def _open(self) -> openslide.OpenSlide:
+        try:
+            handle = openslide.OpenSlide(self._ref.path)
+            handle.set_cache(self._cache)
+        except openslide.OpenSlideUnsupportedFormatError as error:
+            wrong = "no reader opens it: not a slide, or cut short"
+            raise self._failed(wrong, error) from error
+        except openslide.OpenSlideError as error:
+            raise self._failed("it cannot be opened", error) from error
+        return handle
+
+    def _replace(self, broken: openslide.OpenSlide) -> None:
+        """Put a fresh handle in the place of a broken one, unless another thread did or the slide was closed."""
+        with self._lock:
+            if self._handle is not broken:
+                return
+            try:
+                self._handle = self._open()
+            except SourceError:
+                pass  # the broken handle stays, so later reads fail too; the caller raises its own error
+
+    def _failed(self, wrong: str, error: Exception) -> SourceError:
+        check_readable(self._ref)  # OpenSlide does not tell damage from a lost mount, the file system does
+        return SourceError(self._ref.id, f"{wrong} ({type(error).__name__})", "check the file or copy it again")
+
+
+def mpp_of(properties: Mapping[str, str], source: str) -> float:
+    """Micrometres per level-0 pixel, the mean of x and y, from what OpenSlide reports. Raises SourceError."""
+    try:
+        x = float(properties[openslide.PROPERTY_NAME_MPP_X])
+        y = float(properties[openslide.PROPERTY_NAME_MPP_Y])
+    except KeyError as error:
+        raise SourceError(source, "it has no mpp", "give µm per pixel with --mpp-override or a catalog") from error
+    except ValueError as error:
+        raise SourceError(source, "its mpp is no number", "give µm per pixel with --mpp-override") from error
+    if not (math.isfinite(x) and math.isfinite(y) and x > 0 and y > 0):
+        raise SourceError(source, f"its mpp is {x:g} x {y:g}", "give µm per pixel with --mpp-override")
+    if abs(x - y) > ANISOTROPY * min(x, y):
+        wrong = f"its pixels are not square: {x:g} x {y:g} µm"
+        raise SourceError(source, wrong, "resample it, or accept one mpp with --mpp-override")
+    return (x + y) / 2
+
+
+def metadata_of(properties: Mapping[str, str], levels: int) -> dict[str, str | int | float]:
+    """What is kept of a file's properties: the allow-list `KEPT`, the number of levels, mpp of x and y if they differ."""
+    kept: dict[str, str | int | float] = {"levels": levels}
+    for name, (ours, kind) in KEPT.items():
+        try:
+            kept[ours] = kind(properties[name])
+        except (KeyError, ValueError):
+            continue  # absent, or free text where a number belongs: not worth a failure, and never kept as text
+    x, y = properties.get(openslide.PROPERTY_NAME_MPP_X), properties.get(openslide.PROPERTY_NAME_MPP_Y)
+    if x is not None and y is not None and x != y:
+        try:
+            kept |= {"mpp_x": float(x), "mpp_y": float(y)}
+        except ValueError:
+            pass
+    return kept
+
+
+def on_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB, contiguous, of straight (not premultiplied) RGBA laid on white; opaque pixels keep their exact values."""
+    rgb = np.ascontiguousarray(rgba[..., :3])
+    alpha = rgba[..., 3]
+    if alpha.min(initial=255) == 255:
+        return rgb
+    see_through = alpha < 255
+    a = alpha[see_through].astype(np.uint16)[:, None]
+    rgb[see_through] = (rgb[see_through] * a + 255 * (255 - a) + 127) // 255
+    return rgb

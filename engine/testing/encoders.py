@@ -1,0 +1,96 @@
+"""A null encoder of a stated rate: with it, every other stage can be measured and broken alone."""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from patchmill.cluster import Doors
+from patchmill.encoders import GateReport
+from patchmill.sources import open_slide
+from patchmill.testing.slides import open_formula
+from patchmill.types import EncodeSettings, EncoderSpec, SourceRef, Slide, View
+
+__all__ = ["NullEncoder", "null_doors"]
+
+WIDTH = 64  # of the vectors
+
+
+class NullEncoder:
+    """Vectors that are sums over fixed pixels of the tile, at `rate` tiles per second; infinite where rate is 0.
+
+    The sums are exact in float32, so that equal pixels give equal bytes on every machine.
+    """
+
+    def __init__(self, pixels: int = 224, rate: float = 0.0) -> None:
+        self.spec = null_spec(pixels)
+        self.provenance: Mapping[str, str] = {"runtime": "null", "device": "none"}
+        self._rate = rate
+        self._free_at = 0.0
+
+    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b d"]]:
+        """One vector per tile, after the time that the stated rate asks for."""
+        if self._rate:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + len(pixels) / self._rate
+            time.sleep(self._free_at - now)
+        flat = pixels.reshape(len(pixels), -1)
+        step = flat.shape[1] // (WIDTH * 4)
+        vectors = flat[:, : step * WIDTH * 4 : step].reshape(len(pixels), WIDTH, 4).sum(axis=2, dtype=np.float32)
+        return {"mean": vectors}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def null_spec(pixels: int) -> EncoderSpec:
+    """The spec of a null encoder; its weights count as untrained."""
+    return EncoderSpec(
+        name="null",
+        architecture={"family": "null"},
+        weights="untrained:0",
+        view=View(pixels=pixels),
+        precision="fp32",
+        outputs={"mean": WIDTH},
+        license="none",
+    )
+
+
+def resolve_null(settings: EncodeSettings) -> EncoderSpec:
+    """As `patchmill.encoders.resolve`."""
+    return null_spec(settings.pixels or 224)
+
+
+def open_null(settings: EncodeSettings) -> NullEncoder:
+    """As `patchmill.encoders.open_encoder`; the seed of the weights is taken as tiles per second."""
+    return NullEncoder(settings.pixels or 224, rate=settings.untrained or 0)
+
+
+def open_null_gated(settings: EncodeSettings) -> tuple[NullEncoder, GateReport]:
+    """As `patchmill.encoders.open_gated`; there is nothing to prove."""
+    report = GateReport(
+        encoder="null",
+        precision="fp32",
+        passed=True,
+        why="nothing to prove",
+        trained=False,
+        cosine_min=1.0,
+        overlap=1.0,
+        error_max=0.0,
+        finite=True,
+        batch_equal=True,
+        thresholds={"cosine": 0.0, "overlap": 0.0, "error": 0.0},
+        tiles_per_second=float(settings.untrained or 1000),
+    )
+    return open_null(settings), report
+
+
+def open_any(ref: SourceRef) -> Slide:
+    """A formula slide for a .json file, a real one for everything else."""
+    return open_formula(ref) if ref.path.endswith(".json") else open_slide(ref)
+
+
+def null_doors() -> Doors:
+    """Doors to formula slides and the null encoder; its rate is `EncodeSettings.untrained`."""
+    return Doors(open_slide=open_any, resolve=resolve_null, open_encoder=open_null, open_gated=open_null_gated)

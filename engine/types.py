@@ -1,0 +1,274 @@
+"""What travels between the stages, and the settings that users choose. Imports NumPy only, so every package may import it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int32, Int64, UInt8
+
+from patchmill.errors import UsageError
+
+__all__ = [
+    "Batch",
+    "Block",
+    "EncodeSettings",
+    "Encoder",
+    "EncoderSpec",
+    "Level",
+    "Plan",
+    "PlanSettings",
+    "Shard",
+    "ShardResult",
+    "Slide",
+    "SourceRef",
+    "View",
+    "fingerprint_of",
+]
+
+VALID_NOT_WRITTEN, VALID_GOOD, VALID_UNREADABLE, VALID_REMOVED = 0, 1, 2, 3
+
+
+def fingerprint_of(value: object, digits: int = 16) -> str:
+    """The first `digits` hex digits of the sha256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRef:
+    """One source of the archive as the catalog names it: enough to open it, in any process."""
+
+    id: str  # HMAC under the site key; all that records and stores may name
+    path: str  # absolute; shown on the user's terminal and kept in ARCHIVE.private alone
+    mpp: float | None = None  # micrometres per level-0 pixel that override the file's own
+    subject: str | None = None  # HMAC of the patient, for splits
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One resolution of a slide's pyramid."""
+
+    width: int  # pixels
+    height: int  # pixels
+    downsample: float  # level-0 pixels per pixel of this level; 1.0 for level 0
+
+
+@runtime_checkable
+class Slide(Protocol):
+    """A whole-slide image that is open for reading. Safe to read from several threads at once."""
+
+    reader: str  # who decodes, with version: "openslide 4.0.1"
+    levels: tuple[Level, ...]  # level 0 first
+    mpp: float  # micrometres per level-0 pixel, the mean of x and y; an override is already applied
+    metadata: Mapping[str, str | int | float]  # by allow-list: vendor, objective, bounds; never a dump
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Pixels of a rectangle of one level, in that level's own pixels; what lies outside the file is white.
+
+        Raises SourceError if the file cannot be decoded there.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """All that a plan depends on besides its source."""
+
+    mpp: float = 0.5  # micrometres per tile pixel
+    tile: int = 224  # pixels per side, at `mpp`
+    overlap: int = 0  # pixels shared with the next tile
+    tissue: Literal["auto", "none"] = "auto"  # the mask rule; "none" keeps every tile
+    min_tissue: float = 0.1  # least fraction of a tile that must be tissue
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.mpp <= 1000:
+            raise UsageError("--mpp", f"{self.mpp} µm per pixel is out of range", "use 0.01 to 1000, 0.5 is 20x")
+        if not 16 <= self.tile <= 8192:
+            raise UsageError("--tile", f"{self.tile} px is out of range", "use 16 to 8192")
+        if not 0 <= self.overlap < self.tile:  # refused, never corrected in silence
+            raise UsageError("--overlap", f"{self.overlap} px, but a tile has {self.tile}", "use 0 to tile - 1")
+        if self.tissue not in ("auto", "none"):
+            raise UsageError("--tissue", f"no rule is called {self.tissue!r}", "use auto or none")
+        if not 0 <= self.min_tissue <= 1:
+            raise UsageError("--min-tissue", f"{self.min_tissue} is no fraction", "use 0 to 1")
+
+    @property
+    def key(self) -> str:
+        """The plan key: 16 hex digits over these settings, the kind of source and the version of the rules."""
+        return fingerprint_of({"kind": "slide", "rules": 1, **asdict(self)})
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.tile} px tiles at {self.mpp} µm/px, overlap {self.overlap}, "
+            f"tissue {self.tissue} (at least {self.min_tissue:g})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A rectangle of one level that is read in one go and holds the tiles of consecutive rows of a plan."""
+
+    level: int
+    x: int  # pixels of that level
+    y: int
+    width: int
+    height: int
+    start: int  # first row of the plan whose tile lies in this block
+    stop: int  # one past the last
+    origins: Int32[np.ndarray, "n 2"] = field(repr=False)  # x, y of each tile inside the block, in its pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """Geometry only: the deterministic list of a slide's tiles, in the order in which they are embedded."""
+
+    settings: PlanSettings
+    level: int  # the level that tiles are read from
+    downsample: float  # of that level
+    ratio: float  # pixels of that level per tile pixel, >= 1; exactly 1 where tiles are copied
+    mpp: float  # micrometres that a tile pixel really spans: the settings' mpp unless a level within tolerance is used
+    block: int  # tiles per side of a block
+    coords: Int32[np.ndarray, "n 2"]  # x, y of the tile's top left corner in level-0 pixels
+    tissue: UInt8[np.ndarray, " n"]  # tissue fraction, 0..255
+
+    @property
+    def key(self) -> str:
+        """The plan key of the settings."""
+        return self.settings.key
+
+    @property
+    def rows(self) -> int:
+        """Number of tiles."""
+        return len(self.coords)
+
+    @property
+    def extent(self) -> float:
+        """Pixels of the level per side of a tile."""
+        return self.settings.tile * self.ratio
+
+
+# ---------------------------------------------------------------------------------------------------------- encoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """How a tile becomes the encoder's input; part of the encoder key."""
+
+    pixels: int = 224  # per side of the input
+    filter: Literal["area"] = "area"  # the resampling rule where tile and input differ in size
+    dtype: Literal["uint8"] = "uint8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderSpec:
+    """What identifies an encoder: architecture, weights, view and precision; its key hashes these four."""
+
+    name: str  # dinov3-vits16
+    architecture: Mapping[str, Any]  # the JSON-able facts that the graph is authored from
+    weights: str  # sha256 of the weights' content, or "untrained:SEED"
+    view: View
+    precision: Literal["fp32", "fp16", "int8"]
+    outputs: Mapping[str, int]  # name -> width, the one that probes use by default first: {"cls": 384, "mean": 384}
+    license: str
+
+    @property
+    def key(self) -> str:
+        """The encoder key, 16 hex digits."""
+        return fingerprint_of(
+            {
+                "architecture": dict(self.architecture),
+                "weights": self.weights,
+                "view": asdict(self.view),
+                "precision": self.precision,
+            }
+        )
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the weights are random: good for throughput, meaningless otherwise."""
+        return self.weights.startswith("untrained:")
+
+    @property
+    def input(self) -> tuple[int, int, int]:
+        """Shape of one tile as the encoder takes it."""
+        return (self.view.pixels, self.view.pixels, 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeSettings:
+    """Which encoder, and how it is to run."""
+
+    encoder: str = "dinov3-vits16"
+    weights: str | None = None  # a file; None searches the cache of Hugging Face and PATCHMILL_WEIGHTS
+    untrained: int | None = None  # a seed: random weights, for throughput only
+    precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
+    pixels: int | None = None  # per side of the encoder's input; None is the encoder's own
+    batch: int = 16  # tiles per batch
+    threads: int | None = None  # cores for the encoder; None is all
+
+
+class Encoder(Protocol):
+    """An encoder that is open: a spec and a function from pixels to vectors. Called from one thread at a time."""
+
+    spec: EncoderSpec
+    provenance: Mapping[str, str]  # runtime, provider, versions, model of the device; stored with every shard
+
+    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> Mapping[str, Float[np.ndarray, "b d"]]:
+        """One fp32 vector per tile and output. A tile's vectors depend on its own pixels alone."""
+        ...
+
+    def close(self) -> None:
+        """Release threads and memory."""
+        ...
+
+
+# ----------------------------------------------------------------------------------------------------------- stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A run of consecutive tiles of a plan: the unit of work, of writing and of resuming."""
+
+    source: str
+    plan: str  # plan key
+    encoder: str  # encoder key
+    start: int  # first row; a multiple of the shard rows
+    stop: int  # one past the last row
+
+    @property
+    def rows(self) -> int:
+        """Number of tiles."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tiles on their way to the encoder; one batch may serve several shards and sources."""
+
+    pixels: UInt8[np.ndarray, "b h w 3"]  # a preallocated buffer, refilled after use
+    shard: Int32[np.ndarray, " b"]  # the worker's number of an open shard; -1 is padding
+    row: Int64[np.ndarray, " b"]  # row within that shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardResult:
+    """What a worker reports of a committed shard."""
+
+    shard: Shard
+    seconds: Mapping[str, float]  # where its thread's time went: read, decode, core, resample, batch, encode, write
+    pixels_read: int  # pixels of the level that were read from the file
+    pixels_covered: float  # pixels of the level that its tiles cover; overlap counts twice

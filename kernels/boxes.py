@@ -1,0 +1,47 @@
+"""The box filter's weights, and what every implementation of `pack` demands of its arguments."""
+
+import math
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int32, Int64, UInt8
+
+__all__ = ["box_weights", "check"]
+
+
+def box_weights(extent: float, pixels: int) -> tuple[Int64[np.ndarray, " p"], Float32[np.ndarray, "p k"]]:
+    """Per output pixel of one axis: its first input pixel, and how much of each input pixel from there it covers.
+
+    Output pixel i covers the input from i * extent / pixels to (i + 1) * extent / pixels. The weights are lengths in
+    input pixels, not normalised: they sum to extent / pixels, and are exact 1.0 for pixels that are covered whole.
+    Rows are padded with zeros to the widest.
+    """
+    edges = snapped(np.arange(pixels + 1) * (extent / pixels))
+    first = np.floor(edges[:-1]).astype(np.int64)
+    width = int((np.ceil(edges[1:]).astype(np.int64) - first).max())
+    inputs = first[:, None] + np.arange(width)
+    covered = np.minimum(edges[1:, None], inputs + 1) - np.maximum(edges[:-1, None], inputs)
+    return first, np.maximum(covered, 0).astype(np.float32)
+
+
+def snapped(edges: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """Whole numbers where only rounding keeps them from it: no hair's breadth may touch a pixel outside the block."""
+    whole = np.rint(edges)
+    return np.where(np.abs(edges - whole) < 1e-6, whole, edges)
+
+
+def check(
+    block: UInt8[np.ndarray, "h w 3"], origins: Int32[np.ndarray, "n 2"], extent: float, out: UInt8[np.ndarray, "n p p 3"]
+) -> int:
+    """Input pixels per side of a tile. Raises ValueError where the compiled loops would leave their arrays."""
+    pixels = out.shape[1]
+    if out.shape != (len(origins), pixels, pixels, 3) or pixels == 0:
+        raise ValueError(f"{len(origins)} tiles do not fit into a buffer of shape {out.shape}")
+    if not (math.isfinite(extent) and extent >= pixels):
+        raise ValueError(f"a tile of {extent} px cannot fill {pixels} px: pixels are only ever shrunk")
+    side = math.ceil(snapped(np.array([float(extent)]))[0])
+    height, width, _ = block.shape
+    if len(origins) and (
+        origins.min() < 0 or origins[:, 0].max() + side > width or origins[:, 1].max() + side > height
+    ):
+        raise ValueError(f"a tile of {side} px reaches out of its block of {width} x {height} px")
+    return side
