@@ -23,8 +23,12 @@ $(VENV)/dev.stamp: $(VENV)/setup.stamp
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)/demo.stamp: $(VENV)/setup.stamp
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
 # the main job on one small real slide: embed, index, query with a picture, probe
-demo: setup
+demo: $(VENV)/demo.stamp
 	$(BIN)/patchmill demo .demo
 
 test: dev lint

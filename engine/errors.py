@@ -9,7 +9,15 @@ PatchmillError
 └── ArchiveError    the archive's own files are missing, damaged or written by something else; exit code 2
 """
 
-__all__ = ["ArchiveError", "EncoderError", "NoSpaceError", "PatchmillError", "SourceError", "TransientError", "UsageError"]
+__all__ = [
+    "ArchiveError",
+    "EncoderError",
+    "NoSpaceError",
+    "PatchmillError",
+    "SourceError",
+    "TransientError",
+    "UsageError",
+]
 
 
 class PatchmillError(Exception):

@@ -1,4 +1,4 @@
-"""What travels between the stages, and the settings that users choose. Imports NumPy only, so every package may import it."""
+"""What travels between the stages, and the settings that users choose. Imports NumPy only: every package may use it."""
 
 import hashlib
 import json
@@ -219,6 +219,12 @@ class EncodeSettings:
     pixels: int | None = None  # per side of the encoder's input; None is the encoder's own
     batch: int = 16  # tiles per batch
     threads: int | None = None  # cores for the encoder; None is all
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UsageError("--batch", f"{self.batch} tiles are no batch", "use 1 or more")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError("--threads", f"{self.threads} cores cannot run an encoder", "use 1 or more")
 
 
 class Encoder(Protocol):

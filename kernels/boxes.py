@@ -30,7 +30,10 @@ def snapped(edges: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
 
 
 def check(
-    block: UInt8[np.ndarray, "h w 3"], origins: Int32[np.ndarray, "n 2"], extent: float, out: UInt8[np.ndarray, "n p p 3"]
+    block: UInt8[np.ndarray, "h w 3"],
+    origins: Int32[np.ndarray, "n 2"],
+    extent: float,
+    out: UInt8[np.ndarray, "n p p 3"],
 ) -> int:
     """Input pixels per side of a tile. Raises ValueError where the compiled loops would leave their arrays."""
     pixels = out.shape[1]
@@ -38,7 +41,7 @@ def check(
         raise ValueError(f"{len(origins)} tiles do not fit into a buffer of shape {out.shape}")
     if not (math.isfinite(extent) and extent >= pixels):
         raise ValueError(f"a tile of {extent} px cannot fill {pixels} px: pixels are only ever shrunk")
-    side = math.ceil(snapped(np.array([float(extent)]))[0])
+    side = math.ceil(float(snapped(np.array([float(extent)]))[0]))
     height, width, _ = block.shape
     if len(origins) and (
         origins.min() < 0 or origins[:, 0].max() + side > width or origins[:, 1].max() + side > height

@@ -1,5 +1,7 @@
 """`pack` compiled by numba: single-threaded, without the GIL, since tasks are threads already."""
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 from numba import njit
@@ -9,8 +11,20 @@ from patchmill.kernels.boxes import box_weights, check
 __all__ = ["pack"]
 
 
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled at the first call; kept on disk for later processes wherever numba finds a folder that it may write."""
+    try:
+        kept: Callable[..., None] = njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # a read-only installation without a home: every process compiles for itself, in a second
+        kept = njit(nogil=True)(function)
+    return kept
+
+
 def pack(
-    block: UInt8[np.ndarray, "h w 3"], origins: Int32[np.ndarray, "n 2"], extent: float, out: UInt8[np.ndarray, "n p p 3"]
+    block: UInt8[np.ndarray, "h w 3"],
+    origins: Int32[np.ndarray, "n 2"],
+    extent: float,
+    out: UInt8[np.ndarray, "n p p 3"],
 ) -> None:
     """Cut square tiles out of a block, shrink each by area, and write them into a batch buffer, in one pass.
 
@@ -32,7 +46,7 @@ def pack(
     _shrink(np.ascontiguousarray(block), origins, first, weights, area, out)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _shrink(
     block: UInt8[np.ndarray, "h w 3"],
     origins: Int32[np.ndarray, "n 2"],

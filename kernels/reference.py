@@ -9,7 +9,10 @@ __all__ = ["pack"]
 
 
 def pack(
-    block: UInt8[np.ndarray, "h w 3"], origins: Int32[np.ndarray, "n 2"], extent: float, out: UInt8[np.ndarray, "n p p 3"]
+    block: UInt8[np.ndarray, "h w 3"],
+    origins: Int32[np.ndarray, "n 2"],
+    extent: float,
+    out: UInt8[np.ndarray, "n p p 3"],
 ) -> None:
     """See `patchmill.kernels.cpu.pack`."""
     side = check(block, origins, extent, out)

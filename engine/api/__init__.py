@@ -1,10 +1,10 @@
 """The verbs, one function each: all that the command line and notebooks call."""
 
-from patchmill.api.demo import Demo, demo
-from patchmill.api.doctor import Finding, doctor
+from patchmill.api.demonstration import Demo, demo
+from patchmill.api.diagnosis import Finding, doctor
 from patchmill.api.embedding import embed
+from patchmill.api.holdings import Status, status
 from patchmill.api.searching import build_index, check_encoder, draw_hits, probe_knn, query_image, query_place, verify
-from patchmill.api.status import Status, status
 from patchmill.encoders import known as list_encoders
 
 __all__ = [

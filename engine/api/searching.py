@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from patchmill import encoders, index, probes, query
 from patchmill import archive as archives
+from patchmill import encoders, index, probes, query
 from patchmill.archive import Archive, Damage
 from patchmill.encoders import GateReport
 from patchmill.index import IndexReport
@@ -48,7 +48,7 @@ def query_image(
 def query_place(
     archive: str | Path, source: str, at: tuple[float, float], k: int = 10, *, index: str = "default"
 ) -> QueryResult:
-    """The k tiles that look most like the one at x, y (level-0 pixels) of a source; see `patchmill.query.query_place`."""
+    """The k tiles that look most like the one at x, y (level-0 pixels) of a source; see `query.query_place`."""
     return query.query_place(Archive.open(Path(archive)), source, *at, k, index=index)
 
 

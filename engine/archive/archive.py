@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from patchmill.archive import layout
 from patchmill.archive.disk import PARTIAL, Disk, make_folders, put, storing, sweep
 from patchmill.archive.private import SourceEntry, find, keyed_hash, labels_of, refs, register
-from patchmill.archive.records import encoder_from, encoder_record, load, plan_from, seal
+from patchmill.archive.records import encoder_from, encoder_record, load, plan_from, seal, sealed
 from patchmill.archive.source import SourceStore
 from patchmill.errors import ArchiveError, UsageError
 from patchmill.types import EncoderSpec, PlanSettings, SourceRef, fingerprint_of
@@ -183,23 +183,30 @@ class Archive:
     def add_encoder(self, spec: EncoderSpec, gate: Mapping[str, Any]) -> None:
         """Record an encoder, once, with the report of the gate that it passed.
 
-        gate: JSON-able; its member `device` says where it ran. The first report of each other device is kept beside.
+        gate: JSON-able; its members `device` and `asked` say where it ran and which precision was asked for. A report
+        that differs in these is kept beside the first.
         """
         value = {**encoder_record(spec), "gate": dict(gate)}
         path = layout.encoder_file(self.path, spec.key)
         if (known := self.encoders().get(spec.key)) is None:
             self._write_once(path, value)
-        elif (device := gate.get("device")) not in [each.get("device") for each in known.gates]:
-            self._write_once(layout.encoder_file(self.path, spec.key, fingerprint_of(device)), value)
+        elif (setting := _setting(gate)) not in [_setting(each) for each in known.gates]:
+            self._write_once(layout.encoder_file(self.path, spec.key, setting), value)
 
     def _records(self, folder: str) -> list[Path]:
         return sorted((self.path / folder).glob("*.json"))
 
     def _write_once(self, path: Path, value: Mapping[str, Any]) -> None:
         if not path.exists():
-            with storing(path.relative_to(self.path).as_posix()):
+            where = path.relative_to(self.path).as_posix()
+            text = sealed(where, value)
+            with storing(where):
                 make_folders(self.disk, self.path, path.parent)
-                put(self.disk, path, seal(value))
+                put(self.disk, path, text)
+
+
+def _setting(gate: Mapping[str, Any]) -> str:
+    return fingerprint_of([gate.get("device"), gate.get("asked")])
 
 
 def _value(path: Path, build: Callable[[dict[str, Any]], Value]) -> Value:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from patchmill.archive.layout import commit_file, completion_file, plan_commit_file
-from patchmill.archive.records import FileCheck, load, seal
+from patchmill.archive.records import FileCheck, load, sealed
 from patchmill.types import Shard
 
 __all__ = ["Commit", "Completion", "PlanCommit", "dump", "load_commit", "load_completion", "load_plan_commit"]
@@ -68,8 +68,8 @@ class Completion:
 
 
 def dump(record: PlanCommit | Commit | Completion) -> bytes:
-    """The sealed file of a record. Raises ValueError for a provenance that JSON cannot hold."""
-    return seal(asdict(record))
+    """The sealed file of a record. Raises ArchiveError for a provenance that JSON cannot hold."""
+    return sealed(record.shard.source if isinstance(record, Commit) else record.source, asdict(record))
 
 
 def load_plan_commit(folder: Path, source: str, plan: str) -> PlanCommit | None:

@@ -1,4 +1,4 @@
-"""The seam to the disk: every change that the archive makes goes through these five calls, so that a test can break each.
+"""The seam to the disk: every change of the archive goes through five calls, so that a test can break each of them.
 
 Files are made with mode 0600 and folders with 0700. Files appear whole or not at all: temporary name, write, fsync,
 rename, fsync of the folder. Temporary names end in `.partial`.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from patchmill.errors import ArchiveError, NoSpaceError, TransientError
 
-__all__ = ["PARTIAL", "Disk", "discard", "make_folders", "put", "storing", "sweep"]
+__all__ = ["PARTIAL", "Disk", "discard", "make_folders", "put", "reading", "storing", "sweep"]
 
 PARTIAL = ".partial"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -117,3 +117,24 @@ def storing(where: str) -> Iterator[None]:
         raise TransientError(
             where, f"the archive could not be written ({type(error).__name__} {name})", "check the disk and run again"
         ) from error
+
+
+@contextmanager
+def reading(where: str, what: str) -> Iterator[None]:
+    """The border for what is read. where: a source's id; what: the file or array, relative to the source's folder.
+
+    Raises ArchiveError for what is missing, damaged (ValueError) or not permitted, TransientError for a failing disk.
+    """
+    repair = "run `patchmill verify`, then `patchmill embed` again"
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ArchiveError(where, f"{what} is missing", repair) from error
+    except ValueError as error:
+        raise ArchiveError(where, f"{what} is damaged", repair) from error
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "no errno")
+        if error.errno in REFUSED:
+            raise ArchiveError(where, f"{what} may not be read ({name})", "give yourself the permission") from error
+        text = f"{what} could not be read ({type(error).__name__} {name})"
+        raise TransientError(where, text, "check the disk and run again") from error

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float16, UInt8
+
 from patchmill.archive.arrays import array_document, attributes_of, encode, group_document
 from patchmill.archive.layout import features_folder, plan_folder
 from patchmill.archive.records import seal, unseal

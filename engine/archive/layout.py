@@ -45,9 +45,9 @@ def plan_file(root: Path, plan: str) -> Path:
     return root / "plans" / f"{plan}.json"
 
 
-def encoder_file(root: Path, encoder: str, device: str | None = None) -> Path:
-    """The record of an encoder, or a later gate report of another device."""
-    return root / "encoders" / (f"{encoder}.json" if device is None else f"{encoder}.{device}.json")
+def encoder_file(root: Path, encoder: str, setting: str | None = None) -> Path:
+    """The record of an encoder, or a later gate report; setting: a hash of the device and the precision asked for."""
+    return root / "encoders" / (f"{encoder}.json" if setting is None else f"{encoder}.{setting}.json")
 
 
 def source_folder(root: Path, source: str) -> Path:

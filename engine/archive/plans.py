@@ -8,7 +8,7 @@ from typing import Any
 
 from patchmill.archive.arrays import array_document, attributes_of, encode, group_document, read_array
 from patchmill.archive.layout import DATA, plan_folder
-from patchmill.archive.records import plan_from, seal, unseal
+from patchmill.archive.records import plan_from, sealed, unseal
 from patchmill.errors import ArchiveError
 from patchmill.types import Plan
 
@@ -26,7 +26,7 @@ def root_document(source: str, info: Mapping[str, Any]) -> bytes:
         raise ArchiveError(source, f"{unknown[0]!r} is not on the archive's allow-list", f"use {sorted(ALLOWED)}")
     if "fingerprint" not in info:
         raise ArchiveError(source, "the content fingerprint is missing", "pass it as 'fingerprint'")
-    return group_document(json.loads(seal(info)))
+    return group_document(json.loads(sealed(source, info)))
 
 
 def root_attributes(folder: Path) -> dict[str, Any] | None:
@@ -39,7 +39,7 @@ def root_attributes(folder: Path) -> dict[str, Any] | None:
 
 
 def plan_files(plan: Plan) -> dict[str, bytes]:
-    """The files of a plan's group by path relative to the source's folder: metadata first. The same plan, same bytes."""
+    """The files of a plan's group by path relative to the source's folder, metadata first; equal plans, equal bytes."""
     folder = plan_folder(plan.key)
     attributes = {
         "settings": asdict(plan.settings),

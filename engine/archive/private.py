@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -11,16 +12,18 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from patchmill.errors import ArchiveError, UsageError
+from patchmill.errors import ArchiveError, NoSpaceError, UsageError
 from patchmill.types import SourceRef
 
 __all__ = ["SourceEntry", "find", "keyed_hash", "labels_of", "refs", "register"]
 
 DATABASE = "private.sqlite"
-LEAST_PREFIX = 4  # hex digits that count as the beginning of an id
+COLUMNS = "id, path, mpp, subject"
+PREFIX = re.compile("[0-9a-f]{4,32}")  # the beginning of an id
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS sources (
-    id TEXT PRIMARY KEY, name TEXT NOT NULL, path TEXT NOT NULL, mpp REAL, patient TEXT, subject TEXT, labels TEXT NOT NULL
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, path TEXT NOT NULL, mpp REAL,
+    patient TEXT, subject TEXT, labels TEXT NOT NULL
 )
 """
 
@@ -69,8 +72,8 @@ def register(folder: Path, key: bytes, entries: Iterable[SourceEntry]) -> None:
 def refs(folder: Path) -> list[SourceRef]:
     """All registered sources, by id."""
     with _reading(folder) as database:
-        rows = database.execute("SELECT id, path, mpp, subject FROM sources ORDER BY id").fetchall() if database else []
-    return [SourceRef(id=source, path=path, mpp=mpp, subject=subject) for source, path, mpp, subject in rows]
+        rows = database.execute(f"SELECT {COLUMNS} FROM sources ORDER BY id").fetchall() if database else []
+    return [_ref(row) for row in rows]
 
 
 def labels_of(folder: Path, source: str) -> dict[str, str] | None:
@@ -85,24 +88,31 @@ def find(folder: Path, text: str) -> SourceRef:
 
     Raises UsageError naming candidates if none or several are.
     """
-    with _reading(folder) as database:
-        rows = database.execute("SELECT id, name, path, mpp, subject FROM sources").fetchall() if database else []
     path = os.path.abspath(text)
-    found = [row for row in rows if text == row[0]] or [row for row in rows if text == row[1] or path == row[2]]
-    if not found and len(text) >= LEAST_PREFIX:
-        found = [row for row in rows if row[0].startswith(text)]
+    with _reading(folder) as database:
+        if database is None:
+            raise UsageError(text, "the archive has no sources yet", "embed one first")
+        for condition, given in (
+            ("id = ?", (text,)),
+            ("name = ? OR path = ?", (text, path)),
+            ("id GLOB ? || '*'", (text if PREFIX.fullmatch(text) else "-",)),
+        ):
+            found = database.execute(f"SELECT {COLUMNS} FROM sources WHERE {condition} ORDER BY id", given).fetchall()
+            if found:
+                break
+        if not found:
+            names = [name for row in database.execute("SELECT name, path, id FROM sources ORDER BY id") for name in row]
+            near = get_close_matches(text, names, n=3, cutoff=0.4) or names[:1]
+            raise UsageError(text, "no source of the archive is called so", f"try {', '.join(near)}")
     if len(found) == 1:
-        source, _, path, mpp, subject = found[0]
-        return SourceRef(id=source, path=path, mpp=mpp, subject=subject)
-    if found:
-        raise UsageError(
-            text, f"{len(found)} sources are called so", f"use one of {', '.join(row[0] for row in found[:5])}"
-        )
-    near = get_close_matches(text, [name for row in rows for name in row[:3]], n=3, cutoff=0.4)
-    near = near or [row[1] for row in rows[:3]]
-    raise UsageError(
-        text, "no source of the archive is called so", f"try {', '.join(near)}" if near else "embed one first"
-    )
+        return _ref(found[0])
+    candidates = ", ".join(row[0] for row in found[:5])
+    raise UsageError(text, f"{len(found)} sources are called so", f"use one of {candidates}")
+
+
+def _ref(row: tuple[str, str, float | None, str | None]) -> SourceRef:
+    source, path, mpp, subject = row
+    return SourceRef(id=source, path=path, mpp=mpp, subject=subject)
 
 
 @contextmanager
@@ -121,5 +131,8 @@ def _database() -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            do = "free space and run the same command again"
+            raise NoSpaceError(DATABASE, "no space left for the list of sources", do) from error
         text = f"the list of sources cannot be used ({type(error).__name__})"
         raise ArchiveError(DATABASE, text, "check the disk and the permissions of the private folder") from error

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+
+from patchmill.errors import ArchiveError
 from patchmill.types import EncoderSpec, PlanSettings, View
 
 __all__ = [
@@ -39,11 +41,19 @@ def check_of(data: bytes) -> FileCheck:
 def seal(value: Mapping[str, Any]) -> bytes:
     """JSON text of a value with a checksum of itself: member `crc32c`, over the canonical JSON of all others.
 
-    Canonical: keys sorted, no spaces, ASCII, no NaN. Raises ValueError for a value that JSON cannot hold.
+    Canonical: keys sorted, no spaces, ASCII, no NaN. Raises TypeError or ValueError for a value that JSON cannot hold.
     """
     body = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     sealed = {**json.loads(body), "crc32c": check_of(body).crc32c}
     return (json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def sealed(where: str, value: Mapping[str, Any]) -> bytes:
+    """`seal` for what came from outside. Raises ArchiveError for a value that JSON cannot hold."""
+    try:
+        return seal(value)
+    except (TypeError, ValueError) as error:
+        raise ArchiveError(where, f"a record cannot be written as JSON ({error})", "pass plain values only") from error
 
 
 def unseal(data: bytes) -> dict[str, Any]:

@@ -16,9 +16,9 @@ def choose_shard_rows(rows: int, rate: float, bytes_per_row: int) -> int:
     rows: of the plan. rate: tiles per second. bytes_per_row: of the widest array, as stored. About 30 s of work, at
     most 64 MiB per file, and not more than the next power of two above `rows`.
     """
-    wanted = 2 ** round(log2(max(rate * SECONDS, 1.0)))
-    fitting = 2 ** int(log2(max(MOST_BYTES // max(bytes_per_row, 1), 1)))
-    enough = 2 ** max(rows - 1, 0).bit_length()
+    wanted = 1 << round(log2(max(rate * SECONDS, 1.0)))
+    fitting = 1 << int(log2(max(MOST_BYTES // max(bytes_per_row, 1), 1)))
+    enough = 1 << max(rows - 1, 0).bit_length()
     return max(LEAST_ROWS, min(wanted, fitting, enough, MOST_ROWS))
 
 

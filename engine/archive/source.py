@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Float16, UInt8
+
 from patchmill.archive.arrays import read_array
 from patchmill.archive.commits import (
     Commit,
@@ -19,7 +20,7 @@ from patchmill.archive.commits import (
     load_completion,
     load_plan_commit,
 )
-from patchmill.archive.disk import Disk, discard, make_folders, put, storing, sweep
+from patchmill.archive.disk import Disk, discard, make_folders, put, reading, storing, sweep
 from patchmill.archive.features import VALID, Features, features_of, half_rows, load_features
 from patchmill.archive.layout import commit_file, completion_file, features_folder, plan_commit_file, plan_folder
 from patchmill.archive.plans import ROOT, load_plan, plan_files, root_attributes, root_document
@@ -39,8 +40,8 @@ class SourceStore:
     """One source of an archive. Reading needs no permission to write; one process at a time may write a shard.
 
     The way of a source: `write_plan`, `begin`, then `commit` for each shard of `pending`, then `complete`. Each may be
-    called again after a crash. Writing raises TransientError for a full or failing disk, ArchiveError where it is not
-    permitted.
+    called again after a crash. Writing raises NoSpaceError for a full disk; both reading and writing raise
+    TransientError for a failing disk and ArchiveError where they are not permitted.
     """
 
     top: Path  # the archive; never named in an error
@@ -59,11 +60,8 @@ class SourceStore:
 
     def has_plan(self, key: str) -> bool:
         """Whether the plan is whole: committed, its files there with the right size, the store's attributes sound."""
-        try:
-            commit = load_plan_commit(self.folder, self.id, key)
-            return commit is not None and self._sizes_fit(commit.files) and root_attributes(self.folder) is not None
-        except ValueError:
-            return False
+        commit = self._if_sound(plan_commit_file(key), lambda: load_plan_commit(self.folder, self.id, key))
+        return commit is not None and self._sizes_fit(commit.files) and self._root() is not None
 
     def write_plan(self, plan: Plan, info: Mapping[str, Any]) -> None:
         """Store a plan durably. The same plan again changes nothing but what is damaged.
@@ -82,14 +80,18 @@ class SourceStore:
         digest = digest_of((path.removeprefix(group), own[path]) for path in sorted(own))
         checks = {path: check_of(data) for path, data in own.items()}
         commit = PlanCommit(source=self.id, plan=plan.key, rows=plan.rows, digest=digest, files=checks)
+        record = dump(commit)
         with storing(self.id):
             self._make_parents([*files, commit.file])
             self._withdraw_other(plan.key, digest)
-            self._put_changed({**files, commit.file: dump(commit)})
+            if self._if_sound(commit.file, lambda: load_plan_commit(self.folder, self.id, plan.key)) != commit:
+                discard(self.disk, self.folder / commit.file)  # else it would vouch for half of the new plan
+            self._put_changed({**files, commit.file: record})
 
     def read_plan(self, key: str) -> Plan:
         """A stored plan. Raises ArchiveError if it is missing or damaged."""
-        self._plan_commit(key)
+        for path, check in self._plan_commit(key).files.items():
+            self._read_back(path, check)
         return self._checked(plan_folder(key), lambda: load_plan(self.folder, key))
 
     # ---------------------------------------------------------------------------------------------------- embedding
@@ -103,7 +105,8 @@ class SourceStore:
         if shard_rows not in (2**power for power in range(LEAST_ROWS.bit_length() - 1, MOST_ROWS.bit_length())):
             raise ArchiveError(self.id, f"{shard_rows} rows per shard", "use a power of two from 16 to 8192")
         rows = self._plan_commit(plan_key).rows
-        stored, wrong = load_features(self.folder, plan_key, spec.key, rows)
+        where = features_folder(plan_key, spec.key)
+        stored, wrong = self._checked(where, lambda: load_features(self.folder, plan_key, spec.key, rows))
         if stored is not None and not wrong and dict(stored.outputs) != dict(spec.outputs):
             raise ArchiveError(
                 self.id, f"it was embedded with outputs {sorted(stored.outputs)}", "use the same outputs"
@@ -128,6 +131,11 @@ class SourceStore:
         starts = self._commit_starts(plan_key, encoder_key)
         found = {start: self._sound_commit(plan_key, encoder_key, start, digest) for start in starts}
         return {start: commit for start, commit in found.items() if commit is not None}
+
+    def acknowledged(self, shard: Shard) -> bool:
+        """Whether a shard counts."""
+        digest = self._plan_commit(shard.plan).digest
+        return self._sound_commit(shard.plan, shard.encoder, shard.start, digest) is not None
 
     def pending(self, plan_key: str, spec: EncoderSpec) -> list[Shard]:
         """The shards that are still to be embedded, in order. Raises ArchiveError before `begin`."""
@@ -165,7 +173,7 @@ class SourceStore:
         whole = shard.start % features.shard_rows == 0 and 0 <= shard.start < features.rows
         if not whole or shard.stop != min(shard.start + features.shard_rows, features.rows) or given != expected:
             raise ArchiveError(self.id, f"{given} is not the shard at row {shard.start}", f"commit whole: {expected}")
-        if self._sound_commit(shard.plan, shard.encoder, shard.start, plan.digest) is not None:
+        if self.acknowledged(shard):
             raise ArchiveError(self.id, f"the shard at row {shard.start} is committed already", "never do it twice")
         arrays: dict[str, np.ndarray[Any, Any]] = {
             name: half_rows(shard, name, rows, valid) for name, rows in vectors.items()
@@ -226,10 +234,8 @@ class SourceStore:
 
     def completion(self, plan_key: str, encoder_key: str) -> Completion | None:
         """What was said when the source was complete, None if it is not. A damaged record counts as none."""
-        try:
-            return load_completion(self.folder, self.id, plan_key, encoder_key)
-        except ValueError:
-            return None
+        where = completion_file(plan_key, encoder_key)
+        return self._if_sound(where, lambda: load_completion(self.folder, self.id, plan_key, encoder_key))
 
     def embedded(self) -> list[tuple[str, str]]:
         """The plan and encoder keys of all complete embeddings, sorted."""
@@ -263,16 +269,19 @@ class SourceStore:
     # ------------------------------------------------------------------------------------------------------ helpers
 
     def _checked(self, what: str, load: Callable[[], Value]) -> Value:
-        try:
+        with reading(self.id, what):
             return load()
-        except (ValueError, OSError) as error:
-            raise ArchiveError(self.id, f"{what} is damaged ({type(error).__name__})", REPAIR) from error
+
+    def _if_sound(self, what: str, load: Callable[[], Value | None]) -> Value | None:
+        """What is loaded; None if it is damaged, since that is as good as not there for whoever makes it again."""
+        with reading(self.id, what):
+            try:
+                return load()
+            except ValueError:
+                return None
 
     def _root(self) -> dict[str, Any] | None:
-        try:
-            return root_attributes(self.folder)
-        except ValueError:
-            return None  # damaged: it is written anew
+        return self._if_sound(ROOT, lambda: root_attributes(self.folder))
 
     def _plan_commit(self, key: str) -> PlanCommit:
         commit = self._checked(plan_commit_file(key), lambda: load_plan_commit(self.folder, self.id, key))
@@ -298,10 +307,8 @@ class SourceStore:
         return sorted(int(path.stem) for path in files if re.fullmatch("[0-9]+", path.stem))
 
     def _sound_commit(self, plan_key: str, encoder_key: str, start: int, digest: str) -> Commit | None:
-        try:
-            commit = load_commit(self.folder, self.id, plan_key, encoder_key, start)
-        except ValueError:
-            return None
+        where = commit_file(plan_key, encoder_key, start)
+        commit = self._if_sound(where, lambda: load_commit(self.folder, self.id, plan_key, encoder_key, start))
         sound = commit is not None and commit.plan_digest == digest and self._sizes_fit(commit.files)
         return commit if sound else None
 
@@ -309,10 +316,11 @@ class SourceStore:
         make_folders(self.disk, self.top, *{(self.folder / path).parent for path in paths})
 
     def _sizes_fit(self, files: Mapping[str, FileCheck]) -> bool:
-        try:
-            return all((self.folder / path).stat().st_size == check.size for path, check in files.items())
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        with reading(self.id, "a file"):
+            try:
+                return all((self.folder / path).stat().st_size == check.size for path, check in files.items())
+            except (FileNotFoundError, NotADirectoryError):
+                return False
 
     def _read_back(self, path: str, check: FileCheck) -> bytes:
         data = self._checked(path, (self.folder / path).read_bytes)
@@ -343,11 +351,11 @@ class SourceStore:
                     discard(self.disk, path)
 
     def _said(self, plan_key: str, encoder_key: str) -> Iterator[Commit | Completion | None]:
-        """All sound records of an encoder on a plan, whichever tiles they were made on; damaged ones count for nothing."""
+        """All sound records of an encoder on a plan, whichever tiles they were made on; damaged ones do not count."""
         yield self.completion(plan_key, encoder_key)
         for start in self._commit_starts(plan_key, encoder_key):
-            with suppress(ValueError):
-                yield load_commit(self.folder, self.id, plan_key, encoder_key, start)
+            where = commit_file(plan_key, encoder_key, start)
+            yield self._if_sound(where, partial(load_commit, self.folder, self.id, plan_key, encoder_key, start))
 
 
 def _all_checks(plan: PlanCommit, features: Features, commits: Mapping[int, Commit]) -> dict[str, FileCheck]:

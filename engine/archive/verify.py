@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from patchmill.archive.archive import Archive
 from patchmill.archive.commits import Commit, PlanCommit, load_commit, load_completion, load_plan_commit
@@ -43,14 +44,14 @@ def verify(
     ids: Iterable[str] | None = None,
     *,
     withdraw: bool = True,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Damage]:
     """Check everything, or some sources, against checksums and digests: every byte is read.
 
     Damage is withdrawn: its commit, and what rests on it, is unlinked durably, so that readers take it for data no
     longer and the next run makes exactly that again. With `withdraw` it holds the run lock (UsageError if another
     process has it) and removes what interrupted writes left; without it nothing is changed. Files that the archive did
-    not make are named and left alone. progress: called with each source's id before it is read.
+    not make are named and left alone. progress: called with the number of sources done and of all.
     """
     damage: list[Damage] = []
     with archive.run_lock() if withdraw else nullcontext():
@@ -59,9 +60,8 @@ def verify(
             damage += findings.damage
             if withdraw:
                 _take_back(archive.disk, archive.path, findings)
-        for source in archive.source_ids() if ids is None else ids:
-            if progress is not None:
-                progress(source)
+        sources = list(archive.source_ids() if ids is None else ids)
+        for done, source in enumerate(sources, 1):
             store = archive.source(source)
             if withdraw:
                 store.sweep()
@@ -69,6 +69,8 @@ def verify(
             damage += findings.damage
             if withdraw:
                 _take_back(archive.disk, store.folder, findings)
+            if progress is not None:
+                progress(done, len(sources))
     return damage
 
 
@@ -87,12 +89,18 @@ class _Findings:
     def has(self, where: str) -> bool:
         return any(damage.where == where for damage in self.damage)
 
-    def load(self, where: str, load: Callable[[], Record | None], unlink: Iterable[str] = ()) -> Record | None:
+    def load(
+        self,
+        where: str,
+        load: Callable[[], Record | None],
+        unlink: Iterable[str] = (),
+        rows: tuple[int, int] | None = None,
+    ) -> Record | None:
         """A record, or None and an entry; a missing one is no entry."""
         try:
             return load()
         except (ValueError, OSError) as error:
-            self.add(where, _told(error), unlink)
+            self.add(where, _told(error), unlink, rows)
             return None
 
 
@@ -108,7 +116,7 @@ def _check_records(root: Path) -> _Findings:
     for path in records:
         where = path.relative_to(root).as_posix()
         if path.suffix == ".json":  # those of plans and encoders are written again when they are needed
-            findings.load(where, lambda path=path: unseal(path.read_bytes()), [where] if path.parent != root else [])
+            findings.load(where, partial(_sealed, path), [where] if path.parent != root else [])
     mine = {*records, *(root / name for name in ("plans", "encoders", "sources", "index", "runs"))}
     strays = {path for path in (*root.glob("*"), *root.glob("sources/*"), *root.glob("sources/??/*")) if path.is_file()}
     strays = {path for path in strays if path not in mine} | {path for path in records if path.suffix != ".json"}
@@ -116,6 +124,10 @@ def _check_records(root: Path) -> _Findings:
         if path.suffix != PARTIAL:
             findings.add(path.relative_to(root).as_posix(), FOREIGN)
     return findings
+
+
+def _sealed(path: Path) -> dict[str, Any]:
+    return unseal(path.read_bytes())
 
 
 def _check_source(folder: Path, source: str) -> _Findings:
@@ -157,7 +169,7 @@ def _check_plan(findings: _Findings, folder: Path, plan: str, unlink: list[str],
 def _check_embedding(
     findings: _Findings, folder: Path, plan: str, encoder: str, plan_commit: PlanCommit | None
 ) -> set[str] | None:
-    """Check one encoder's arrays on one plan. Returns their files if it is said to be complete, else None."""
+    """Check one encoder's arrays on one plan. Returns their files if it is complete and sound, else None."""
     source, before = findings.source or "", len(findings.damage)
     completed = completion_file(plan, encoder)
     completion = findings.load(completed, lambda: load_completion(folder, source, plan, encoder), [completed])
@@ -173,12 +185,13 @@ def _check_embedding(
         starts |= set(shard_starts(features.rows, features.shard_rows))
     for start in sorted(starts):
         where = commit_file(plan, encoder, start)
+        lost = None if features is None else (start, min(start + features.shard_rows, features.rows))
         unlink = [completed, where]
-        commit = findings.load(where, lambda start=start: load_commit(folder, source, plan, encoder, start), unlink)
+        commit = findings.load(where, partial(load_commit, folder, source, plan, encoder, start), unlink, lost)
         if commit is not None:
             shard_checks |= {path: (check, commit) for path, check in commit.files.items()}
         elif not findings.has(where):
-            findings.add(where, MISSING, unlink)
+            findings.add(where, MISSING, unlink, lost)
     documents = set() if features is None else set(features.documents())
     others = documents | set(plan_commit.files if plan_commit else ())  # checked above; here for the digest
 
@@ -193,9 +206,9 @@ def _check_embedding(
             yield path.removeprefix(f"{plan_folder(plan)}/"), data
 
     digest = digest_of(contents())
-    if completion is None:
+    if completion is None or plan_commit is None or len(findings.damage) > before:
         return None
-    if len(findings.damage) == before and plan_commit is not None and digest != completion.digest:
+    if digest != completion.digest:
         findings.add(completed, "has the digest of other data", [completed])
     return documents | set(shard_checks)
 

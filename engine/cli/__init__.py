@@ -12,19 +12,19 @@ INTERRUPTED = 130  # the shell's code for Ctrl-C
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. argv: the arguments after the program's name, sys.argv's by default."""
     import typer
+    from typer.exceptions import TyperException
 
     from patchmill.cli.app import app
     from patchmill.errors import NoSpaceError, PatchmillError
 
-    wrong_usage = typer.BadParameter.__mro__[1]  # the parser's own errors: typer exports no base of them
     os.umask(0o077)  # an archive is personal data
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         return app(arguments, prog_name="patchmill", standalone_mode=False) or 0
-    except wrong_usage as error:
+    except TyperException as error:  # the parser's own errors
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "patchmill"
-        return _say(f"{error.format_message().rstrip('.')}; see {command} --help", 2)  # type: ignore[attr-defined]
+        return _say(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
     except NoSpaceError as error:
         return _say(str(error), 1)
     except PatchmillError as error:

@@ -36,6 +36,10 @@ EncoderKey = Annotated[
 ]
 Output = Annotated[str | None, typer.Option(help="cls or mean, where the encoder has both; its first by default")]
 Weights = Annotated[Path | None, typer.Option(help="weights file: safetensors, or Meta's .pth")]
+Inputs = Annotated[
+    list[Path] | None, typer.Option("--input", help="your own slide; may be given several times; else one is made")
+]
+Rounds = Annotated[int, typer.Option(min=1, help="how often each case is measured, after a warm-up")]
 
 
 def show(value: Any, text: Callable[[], str], as_json: bool) -> None:
@@ -53,13 +57,17 @@ def embed(
     untrained: Annotated[
         int | None, typer.Option(metavar="SEED", help="random weights from this seed, for throughput only")
     ] = None,
-    pixels: Annotated[int | None, typer.Option(help="pixels per side of the encoder's input; its own by default")] = None,
+    pixels: Annotated[
+        int | None, typer.Option(help="pixels per side of the encoder's input; its own by default")
+    ] = None,
     mpp: Annotated[float, typer.Option(help="micrometres per tile pixel")] = _plan.mpp,
     tile: Annotated[int, typer.Option(help="pixels per side of a tile")] = _plan.tile,
     overlap: Annotated[int, typer.Option(help="pixels shared with the next tile")] = _plan.overlap,
     tissue: Annotated[Literal["auto", "none"], typer.Option(help="none keeps every tile")] = _plan.tissue,
     min_tissue: Annotated[float, typer.Option(help="least tissue fraction of a tile")] = _plan.min_tissue,
-    mpp_override: Annotated[float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")] = None,
+    mpp_override: Annotated[
+        float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")
+    ] = None,
     new_plan: Annotated[bool, typer.Option("--new-plan", help="add a second plan to the archive")] = False,
     workers: Annotated[int, typer.Option(help="worker processes; 0 runs in this process")] = 1,
     batch: Annotated[int, typer.Option(help="tiles per batch")] = _encode.batch,
@@ -116,7 +124,7 @@ def verify(
     keep: Annotated[bool, typer.Option("--keep", help="only tell; do not withdraw what is damaged")] = False,
     as_json: Json = False,
 ) -> int:
-    """Read every byte back. What is damaged is withdrawn, and the next embed repairs it. Exit code 1 if there was any."""
+    """Read every byte back; what is damaged is withdrawn, and the next embed repairs it. Exit code 1 if any was."""
     from patchmill import api
     from patchmill.cli.progress import counted
     from patchmill.cli.text import damage_text
@@ -268,4 +276,57 @@ def demo(
         "probe": made.probe.as_dict(),
     }
     show(value, lambda: demo_text(made), as_json)
+    return 0
+
+
+@bench_app.command("encoder", epilog="Example: patchmill bench encoder --size dinov3-vits16 --rounds 3")
+def bench_encoder(
+    inputs: Inputs = None,
+    size: Annotated[list[str] | None, typer.Option(help="S, B and L by default; may be given several times")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32 and int8 by default")] = None,
+    batch: Annotated[int, typer.Option(help="tiles per call")] = _encode.batch,
+    rounds: Rounds = 5,
+    threads: Annotated[int | None, typer.Option(help="cores; all by default")] = None,
+    as_json: Json = False,
+) -> int:
+    """Tiles per second of each model size, beside PyTorch eager and the best matrix product."""
+    from patchmill.benchmarks.encoder import PRECISIONS, SIZES
+    from patchmill.benchmarks.encoder import bench_encoder as measure
+
+    record = measure(
+        inputs or (),
+        sizes=size or SIZES,
+        precisions=precision or PRECISIONS,
+        batch=batch,
+        rounds=rounds,
+        threads=threads,
+    )
+    show(record.as_dict(), record.text, as_json)
+    return 0
+
+
+@bench_app.command("pipeline", epilog="Example: patchmill bench pipeline --input slide.svs --rounds 3")
+def bench_pipeline(
+    inputs: Inputs = None,
+    encoder: Annotated[str, typer.Option(help="see patchmill encoders")] = _encode.encoder,
+    precision: Annotated[Literal["fp32", "int8"], typer.Option()] = "fp32",
+    tiles: Annotated[int, typer.Option(help="tiles per side of the slide that is made without --input")] = 20,
+    rounds: Rounds = 3,
+    as_json: Json = False,
+) -> int:
+    """The whole of embed as a fraction of what its encoder does alone."""
+    from patchmill.benchmarks.pipeline import bench_pipeline as measure
+
+    record = measure(inputs or (), encoder=encoder, precision=precision, tiles=tiles, rounds=rounds)
+    show(record.as_dict(), record.text, as_json)
+    return 0
+
+
+@bench_app.command("memory", epilog="Example: patchmill bench memory --json")
+def bench_memory(inputs: Inputs = None, rounds: Rounds = 1, as_json: Json = False) -> int:
+    """Peak memory of embed against the size of the slide; several minutes."""
+    from patchmill.benchmarks.memory import bench_memory as measure
+
+    record = measure(inputs or (), rounds=rounds)
+    show(record.as_dict(), record.text, as_json)
     return 0

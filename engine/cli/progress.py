@@ -53,7 +53,9 @@ class RunProgress:
             self._planned_rows += event.rows
             if self._bars is not None and event.rows:
                 name = self._names.get(event.source, event.source)
-                self._tasks[event.source] = self._bars.add_task(name, total=event.rows, rate="", start_time=time.monotonic())
+                self._tasks[event.source] = self._bars.add_task(
+                    name, total=event.rows, rate="", start_time=time.monotonic()
+                )
         elif event.kind == "rows":
             self._first = self._first or time.monotonic()
             self._rows += event.rows

@@ -43,7 +43,9 @@ def report_text(report: RunReport) -> str:
 
 def status_text(status: Status) -> str:
     """What an archive holds."""
-    lines = [f"{status.archive}: {status.sources} sources, {status.runs} runs, the last one {status.last_run or 'never'}"]
+    lines = [
+        f"{status.archive}: {status.sources} sources, {status.runs} runs, the last one {status.last_run or 'never'}"
+    ]
     for holding in status.holdings:
         name = f"{holding.name} {holding.precision}" + (", untrained" if holding.untrained else "")
         lines.append(
@@ -75,8 +77,12 @@ def encoders_text(cards: Iterable[EncoderCard]) -> str:
     lines = []
     for card in cards:
         outputs = ", ".join(f"{name} {width}" for name, width in card.outputs.items())
-        lines.append(f"{card.name}: {card.title}; {card.pixels} px, {outputs}; {', '.join(card.precisions)}; {card.license}")
-        lines.append(f"  weights: {card.weights} ({card.found})" if card.weights else f"  no weights here: {card.found}")
+        lines.append(
+            f"{card.name}: {card.title}; {card.pixels} px, {outputs}; {', '.join(card.precisions)}; {card.license}"
+        )
+        lines.append(
+            f"  weights: {card.weights} ({card.found})" if card.weights else f"  no weights here: {card.found}"
+        )
     return "\n".join(lines)
 
 

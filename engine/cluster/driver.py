@@ -6,7 +6,7 @@ own, and quarantines it. Nothing durable lives in the scheduler.
 """
 
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,10 +14,10 @@ from typing import Any, Literal
 from distributed import Client, Future, KilledWorker, as_completed
 
 from patchmill.cluster import tasks
-from patchmill.cluster.journal import Journal
+from patchmill.cluster.journal import HeldError, Journal
 from patchmill.cluster.report import Outcome, SourceOutcome
 from patchmill.cluster.tasks import Job, Planned
-from patchmill.errors import PatchmillError, SourceError, TransientError
+from patchmill.errors import ArchiveError, PatchmillError, SourceError, TransientError
 from patchmill.types import EncoderSpec, Shard, ShardResult, SourceRef
 
 __all__ = ["Driver", "Event"]
@@ -82,14 +82,15 @@ class Driver:
         self._queue: deque[_Work] = deque()
         self._suspects: deque[_Work] = deque()
         self._active: list[_Work] = []
-        self._tasks: dict[Future, _Task] = {}
+        self._tasks: dict[Future[Any], _Task] = {}
         self._done: Any = as_completed(loop=client.loop)
         self._submitted = 0
         self._dead: set[tuple[str, str]] = set()
         self.outcomes: list[SourceOutcome] = []
         self.tiles = 0  # committed
-        self.stages: Counter[str] = Counter()  # seconds of all tasks
-        self.pixels: Counter[str] = Counter()  # read from files, covered by tiles
+        self.stages: defaultdict[str, float] = defaultdict(float)  # seconds of all tasks
+        self.pixels_read = 0  # from files
+        self.pixels_covered = 0.0  # by tiles
         self.redone = 0  # shards started over after a worker's death
         self.first_shard: float | None = None
         self.last_shard = 0.0
@@ -115,6 +116,8 @@ class Driver:
                 self._fill()
         finally:
             self._client.cancel(list(self._tasks))
+            for task in self._tasks.values():  # an orderly end: nothing that is open now is a suspect
+                self._journal.clear(task.work.ref.id, task.mark)
 
     # ------------------------------------------------------------------------------------------- what is started next
 
@@ -138,12 +141,15 @@ class Driver:
 
     def _start(self, work: _Work) -> _Task:
         self._active.append(work)
+        self._journal.release(work.ref.id)
         work.started, work.trouble, work.planned = time.monotonic(), None, None
         return _Task(work, "plan")
 
     def _submit(self, task: _Task) -> None:
         self._submitted += 1
-        key = f"{task.kind}-{task.work.ref.id}-{task.mark}-{self._submitted}"  # unique: Dask remembers keys and failures
+        key = (
+            f"{task.kind}-{task.work.ref.id}-{task.mark}-{self._submitted}"  # unique: Dask remembers keys and failures
+        )
         arguments: tuple[Any, ...]
         if task.kind == "plan":
             arguments = (tasks.plan_source, self._job, task.work.ref, self._spec, self._rate)
@@ -159,18 +165,20 @@ class Driver:
 
     # ------------------------------------------------------------------------------------------- what has come back
 
-    def _take(self, future: Future, task: _Task) -> None:
+    def _take(self, future: Future[Any], task: _Task) -> None:
         work = task.work
         work.out -= 1
-        error = future.exception() if future.status != "finished" else None
+        value, error = _outcome_of(future)
         if error is None:
-            self._succeeded(work, future.result())
+            self._succeeded(work, value)
         elif isinstance(error, KilledWorker):
             self._killed(task, error)
+        elif isinstance(error, HeldError):
+            pass  # the death that it is held for has told what follows
         elif isinstance(error, TransientError):
             again = work.attempt < ATTEMPTS
             work.trouble = ("again" if again else "transient", type(error).__name__, f"{error.wrong}; {error.do}")
-        elif isinstance(error, SourceError):
+        elif isinstance(error, SourceError) or (isinstance(error, ArchiveError) and error.where == work.ref.id):
             work.trouble = ("failed", type(error).__name__, f"{error.wrong}; {error.do}")
         elif isinstance(error, PatchmillError):
             raise error
@@ -189,8 +197,10 @@ class Driver:
             case ShardResult():
                 work.embedded += value.shard.rows
                 self.tiles += value.shard.rows
-                self.stages.update(value.seconds)
-                self.pixels.update(read=value.pixels_read, covered=value.pixels_covered)
+                for stage, seconds in value.seconds.items():
+                    self.stages[stage] += seconds
+                self.pixels_read += value.pixels_read
+                self.pixels_covered += value.pixels_covered
                 self.last_shard = time.monotonic()
             case _:
                 self._end(work, "complete" if value else "empty")
@@ -201,14 +211,15 @@ class Driver:
         was_open = (work.ref.id, task.mark) in self._journal.open_sources()
         self._journal.clear(work.ref.id, task.mark)
         self.redone += task.kind == "embed"
-        if was_open and (work.ref.id, worker) not in self._dead:
-            self._dead.add((work.ref.id, worker))
-            work.deaths += 1
-            self._journal.log("death", source=work.ref.id)
-        if work.deaths >= DEATHS:
-            work.trouble = ("failed", "quarantined", QUARANTINED)
-        elif was_open:
-            work.suspect, work.trouble = True, ("again", "death", "")
+        if was_open:
+            self._journal.hold(work.ref.id)
+            if work.deaths < DEATHS and (work.ref.id, worker) not in self._dead:
+                self._dead.add((work.ref.id, worker))
+                work.deaths += 1
+                self._journal.log("death", source=work.ref.id)
+            quarantine = work.deaths >= DEATHS
+            work.suspect = True
+            work.trouble = ("failed", "quarantined", QUARANTINED) if quarantine else ("again", "death", "")
         elif task.shard is not None:
             work.pending.appendleft(task.shard)
         elif task.kind == "plan":
@@ -246,6 +257,14 @@ class Driver:
         self.outcomes.append(ended)
         self._journal.log("outcome", **ended.stored())
         self._watch(Event("ended", work.ref.id, outcome=ended))
+
+
+def _outcome_of(future: Future[Any]) -> tuple[Any, Exception | None]:
+    """The value of a finished task, or its error; a value that was lost with its worker is an error too."""
+    try:
+        return future.result(), None
+    except Exception as error:  # noqa: BLE001 - whatever a task raised is told apart by the caller
+        return None, error
 
 
 QUARANTINED = (

@@ -14,16 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Journal", "deaths_so_far", "left_open", "opened"]
+from patchmill.archive import Disk, put, storing
+
+__all__ = ["HeldError", "Journal", "deaths_so_far", "left_open", "opened"]
 
 
-def _write_private(path: Path, text: str, flags: int) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
-    try:
-        os.write(handle, text.encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+RECORDS = "the run's records"  # what an error of the disk names
+
+
+class HeldError(Exception):
+    """A task found its source held, and did nothing."""
+
+
+def _append_private(path: Path, text: str) -> None:
+    with storing(RECORDS):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o600)
+        with open(handle, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(handle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +45,9 @@ class Journal:
     def create(cls, runs: Path) -> "Journal":
         """Start the records of a new run; its id is its start in UTC and four random digits, so ids sort by time."""
         run = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
-        (runs / run / "open").mkdir(parents=True, mode=0o700)
+        with storing(RECORDS):
+            for folder in ("open", "held"):
+                (runs / run / folder).mkdir(parents=True, mode=0o700)
         return cls(runs / run)
 
     @property
@@ -47,17 +58,24 @@ class Journal:
     def log(self, event: str, **facts: Any) -> None:
         """Append one line durably."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts})
-        _write_private(self.folder / "log.jsonl", line + "\n", os.O_APPEND)
+        _append_private(self.folder / "log.jsonl", line + "\n")
 
     def report(self, value: Mapping[str, Any]) -> None:
         """Write the run's report, whole or not at all."""
-        partial = self.folder / "report.json.partial"
-        _write_private(partial, json.dumps(value, indent=1) + "\n", os.O_TRUNC)
-        partial.replace(self.folder / "report.json")
+        with storing(RECORDS):
+            put(Disk(), self.folder / "report.json", (json.dumps(value, indent=1) + "\n").encode())
 
     def open_sources(self) -> set[tuple[str, str]]:
         """(source id, task) of every task that is open now."""
         return {_split(marker) for marker in os.listdir(self.folder / "open")}
+
+    def hold(self, source: str) -> None:
+        """Let no task of a source begin; one that had begun before has left its mark."""
+        _append_private(self.folder / "held" / source, "")
+
+    def release(self, source: str) -> None:
+        """Let tasks of a source begin again."""
+        (self.folder / "held" / source).unlink(missing_ok=True)
 
     def clear(self, source: str, task: str) -> None:
         """Forget that a task had a source open."""
@@ -71,10 +89,17 @@ def _split(marker: str) -> tuple[str, str]:
 
 @contextmanager
 def opened(folder: Path, source: str, task: str) -> Iterator[None]:
-    """Mark a source as open by a task for the time of the body; a process that dies inside leaves the mark."""
+    """Mark a source as open by a task for the time of the body; a process that dies inside leaves the mark.
+
+    Raises HeldError if the driver holds the source. The mark comes first: either the driver sees it, or the task sees
+    the hold.
+    """
     marker = folder / "open" / f"{source}.{task}"
-    os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    with storing(RECORDS):
+        os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
     try:
+        if (folder / "held" / source).exists():
+            raise HeldError
         yield
     finally:
         marker.unlink(missing_ok=True)

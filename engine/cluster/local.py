@@ -1,9 +1,11 @@
 """Worker processes on this machine, reachable over loopback only, that never outlive their run."""
 
+import asyncio
 import fcntl
+import json
 import os
 import signal
-import threading
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,33 +29,48 @@ _CONFIG = {
     "distributed.admin.log-format": "%(name)s: %(message)s",
     "distributed.comm.timeouts.connect": "60s",  # a loaded machine starts slowly
 }
-_QUIET = {"DASK_LOGGING__DISTRIBUTED": "critical"}  # its warnings about lost peers repeat what the driver says in one line
+_QUIET = {
+    "DASK_LOGGING__DISTRIBUTED": "critical"
+}  # its warnings about lost peers repeat what the driver says in one line
 
 
-class _DiesWithItsDriver(WorkerPlugin):
-    """Ends a worker process, its nanny too, soon after the driver has died, so that no old run writes beside a new one."""
+# Runs dask's own command, in a process that ends as soon as the driver, its parent, has died: from its first moment on,
+# so that no kill of the driver leaves it behind. The worker process ends with its nanny, by distributed's own doing.
+_MORTAL = """
+import os, sys, threading, time
 
-    name = "patchmill-dies-with-its-driver"
+def watch(driver):
+    while os.getppid() == driver:
+        time.sleep(0.2)
+    os._exit(1)
 
-    def __init__(self, driver: int, lock: str) -> None:
-        self._driver, self._lock = driver, lock
+threading.Thread(target=watch, args=(int(sys.argv.pop(1)),), daemon=True).start()
+from distributed.cli.dask_spec import main
+main()
+"""
+
+
+class _MortalWorker(SubprocessWorker):
+    """A nanny and its worker, in processes of their own, that do not outlive this one."""
+
+    async def _start(self) -> None:
+        spec = json.dumps({"cls": self.worker_class, "opts": self.worker_kwargs})
+        command = (sys.executable, "-c", _MORTAL, str(os.getpid()), self.scheduler, "--spec", spec)
+        self.process = await asyncio.create_subprocess_exec(*command, env={**os.environ, **_QUIET})
+
+
+class _HoldsTheArchive(WorkerPlugin):
+    """Takes a shared lock in a worker before its first task, so that no later run writes beside it."""
+
+    name = "patchmill-holds-the-archive"
+
+    def __init__(self, lock: str) -> None:
+        self._lock = lock
 
     def setup(self, worker: Worker) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it closes its workers
         handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(handle, fcntl.LOCK_SH)  # never released: the kernel does it when this process has ended
-        threading.Thread(target=self._watch, name="patchmill-watch", daemon=True).start()
-
-    def _watch(self) -> None:
-        nanny = os.getppid()
-        try:
-            driver = psutil.Process(self._driver)
-            while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE:
-                time.sleep(0.2)
-        except psutil.NoSuchProcess:
-            pass
-        os.kill(nanny, signal.SIGKILL)
-        os._exit(1)
 
 
 def _wait_for_workers_of_a_dead_run(lock: Path, seconds: float = 30.0) -> None:
@@ -97,7 +114,7 @@ def local_cluster(workers: int, threads: int, lock: Path) -> Iterator[Client]:
         else:
             _wait_for_workers_of_a_dead_run(lock)
             worker = {
-                "cls": SubprocessWorker,
+                "cls": _MortalWorker,
                 "options": {
                     "worker_kwargs": {
                         "host": _LOOPBACK,
@@ -109,14 +126,16 @@ def local_cluster(workers: int, threads: int, lock: Path) -> Iterator[Client]:
                     }
                 },
             }
-            os.environ.update(_QUIET)  # read by the nanny, which inherits it
             cluster = SpecCluster(
-                scheduler={"cls": Scheduler, "options": {"host": _LOOPBACK, "dashboard_address": _ANY_PORT, "dashboard": False}},
+                scheduler={
+                    "cls": Scheduler,
+                    "options": {"host": _LOOPBACK, "dashboard_address": _ANY_PORT, "dashboard": False},
+                },
                 workers=dict.fromkeys(range(workers), worker),
                 name="patchmill",
                 silence_logs=50,
             )
         with cluster, Client(cluster, set_as_default=False) as client:
             if workers:
-                client.register_plugin(_DiesWithItsDriver(os.getpid(), str(lock)))
+                client.register_plugin(_HoldsTheArchive(str(lock)))
             yield client

@@ -152,7 +152,9 @@ class _Run:
         known: list[Mapping[str, Any]] = []
         if self._job.encode.precision != "auto":
             key = self._job.doors.resolve(self._job.encode).key
-            known = [gate for record in self._archive.encoders().values() if record.spec.key == key for gate in record.gates]
+            known = [
+                gate for record in self._archive.encoders().values() if record.spec.key == key for gate in record.gates
+            ]
         gated = client.submit(gate_encoder, self._job, known, key=f"gate-{self._journal.run}", pure=False).result()
         if gated.fresh:
             self._archive.add_encoder(gated.spec, gated.gate)
@@ -182,9 +184,11 @@ class _Run:
         figures: Sequence[Mapping[str, float]],
         stopped: str,
     ) -> RunReport:
-        embed_seconds = driver.last_shard - driver.first_shard if driver and driver.first_shard and driver.tiles else 0.0
+        embed_seconds = (
+            driver.last_shard - driver.first_shard if driver and driver.first_shard and driver.tiles else 0.0
+        )
         task_seconds = sum(driver.stages.values()) if driver else 0.0
-        covered = driver.pixels["covered"] if driver else 0
+        covered = driver.pixels_covered if driver else 0
         busy = [figure["busy"] for figure in figures if "busy" in figure]
         starved = [figure["starved"] for figure in figures if "starved" in figure]
         report = RunReport(
@@ -203,7 +207,7 @@ class _Run:
             encoder_busy=min(1.0, sum(busy) / len(busy) / embed_seconds) if busy and embed_seconds else 0.0,
             encoder_starved=min(1.0, sum(starved) / len(starved) / embed_seconds) if starved and embed_seconds else 0.0,
             stages={stage: driver.stages[stage] / task_seconds if driver and task_seconds else 0.0 for stage in STAGES},
-            decoded=driver.pixels["read"] / covered if driver and covered else 0.0,
+            decoded=driver.pixels_read / covered if driver and covered else 0.0,
             peak_bytes=int(max((figure["peak_bytes"] for figure in figures), default=0)),
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             stopped=stopped,
@@ -232,6 +236,10 @@ def _precision(archive: Archive, encode: EncodeSettings, doors: Doors) -> Any:
         return encode.precision
     weights = doors.resolve(replace(encode, precision="fp32")).weights
     for record in archive.encoders().values():
-        if record.spec.name == encode.encoder and record.spec.weights == weights and any(g["asked"] == "auto" for g in record.gates):
+        if (
+            record.spec.name == encode.encoder
+            and record.spec.weights == weights
+            and any(g["asked"] == "auto" for g in record.gates)
+        ):
             return record.spec.precision
     return "auto"

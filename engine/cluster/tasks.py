@@ -16,7 +16,17 @@ from patchmill.archive import Archive, SourceStore, choose_shard_rows
 from patchmill.cluster.journal import opened
 from patchmill.encoders import GateReport
 from patchmill.errors import SourceError
-from patchmill.types import EncoderSpec, EncodeSettings, Encoder, Plan, PlanSettings, Shard, ShardResult, Slide, SourceRef
+from patchmill.types import (
+    Encoder,
+    EncoderSpec,
+    EncodeSettings,
+    Plan,
+    PlanSettings,
+    Shard,
+    ShardResult,
+    Slide,
+    SourceRef,
+)
 
 __all__ = ["PROGRESS", "Gated", "Job", "Planned", "complete_source", "embed", "gate_encoder", "plan_source"]
 
@@ -128,6 +138,8 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
     """Embed and commit one shard. Raises SourceError, or EncoderError if the encoder stopped."""
     with opened(Path(job.run), ref.id, str(shard.start)):
         store = Archive.open(job.archive).source(ref.id)
+        if store.acknowledged(shard):  # by a task whose answer was lost with its worker
+            return ShardResult(shard=shard, seconds={}, pixels_read=0, pixels_covered=0)
         batcher, provenance = stream.batcher_for(job.encode, job.doors.open_encoder, _progress())
         slide = job.doors.open_slide(ref)
         try:

@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import Any, ClassVar
 
 import yaml
+
 from patchmill.errors import EncoderError
 
 __all__ = ["Architecture", "Card", "EfficientNetLite", "ViT", "WeightsSource", "card", "cards"]

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
 from patchmill.encoders.cards import Card, EfficientNetLite, ViT
 from patchmill.encoders.layout import inverted_blocks
 from patchmill.encoders.torchfile import RefusedError, read_torch
 from patchmill.errors import EncoderError
-from safetensors import SafetensorError, safe_open
 
 __all__ = ["load"]
 

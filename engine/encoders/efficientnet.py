@@ -6,6 +6,7 @@ Source: tensorflow/tpu, models/official/efficientnet/lite; the package efficient
 from collections.abc import Mapping
 
 import numpy as np
+
 from patchmill.encoders.cards import EfficientNetLite
 from patchmill.encoders.graph import Graph, Model
 from patchmill.encoders.layout import inverted_blocks

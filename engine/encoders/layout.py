@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
 from patchmill.encoders.cards import Architecture, EfficientNetLite, ViT
 
 __all__ = ["InvertedBlock", "inverted_blocks", "shapes", "untrained"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+
 from patchmill.encoders import efficientnet, vit
 from patchmill.encoders.cards import Card, ViT, card, cards
 from patchmill.encoders.checkpoints import load
@@ -59,7 +60,8 @@ def resolve(settings: EncodeSettings) -> EncoderSpec:
     missing weights, and sizes or precisions that the encoder does not have.
     """
     chosen = card(settings.encoder)
-    arch, pixels = chosen.architecture, settings.pixels or chosen.pixels
+    arch = chosen.architecture
+    pixels = chosen.pixels if settings.pixels is None else settings.pixels
     if pixels % arch.step or not arch.step <= pixels <= 4096:
         do = f"use a multiple of {arch.step} up to 4096; {chosen.name}'s own is {chosen.pixels}"
         raise EncoderError("--pixels", f"{chosen.name} cannot take {pixels} px", do)

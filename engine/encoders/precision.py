@@ -4,6 +4,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Int8
+
 from patchmill.encoders.cards import Architecture, ViT
 
 __all__ = ["Precision", "precisions", "quantised"]

@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 from jaxtyping import Float32, UInt8
 from onnxruntime.capi import onnxruntime_pybind11_state as pybind11_state
+
 from patchmill.encoders.graph import Model
 from patchmill.errors import EncoderError
 from patchmill.types import EncoderSpec

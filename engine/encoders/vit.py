@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Float64
+
 from patchmill.encoders.cards import ViT
 from patchmill.encoders.graph import Graph, Model
 from patchmill.encoders.precision import Precision, quantised

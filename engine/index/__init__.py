@@ -1,7 +1,7 @@
 """FAISS over an archive's embeddings: build, search, and which embeddings are meant."""
 
 from patchmill.index.build import IndexReport, build_index
-from patchmill.index.choice import Choice, choose
+from patchmill.index.choice import Choice, choose, recorded
 from patchmill.index.places import tile_at
 from patchmill.index.search import Exclusion, Found, Index, open_index
 from patchmill.index.vectors import good_vectors
@@ -16,5 +16,6 @@ __all__ = [
     "choose",
     "good_vectors",
     "open_index",
+    "recorded",
     "tile_at",
 ]

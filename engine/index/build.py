@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+
 from patchmill.archive import Archive, index_folder, make_folders, storing
 from patchmill.errors import ArchiveError
 from patchmill.index.choice import Choice, choose

@@ -1,14 +1,16 @@
 """Which of an archive's embeddings are meant: one plan, one encoder, one of its outputs."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from patchmill.archive import Archive
-from patchmill.errors import UsageError
+from patchmill.errors import ArchiveError, UsageError
 from patchmill.types import EncoderSpec, PlanSettings
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "choose", "recorded"]
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +34,12 @@ def choose(
     the encoder's outputs; None is the one that it names first. Raises UsageError where nothing is complete, where
     nothing matches, and where several (plan, encoder) pairs are left: it names them.
     """
-    plans = archive.plans()
-    specs = {key: record.spec for key, record in archive.encoders().items()}
-    sources = Counter(pair for id in archive.source_ids() for pair in archive.source(id).embedded())
+    sources = {pair for id in archive.source_ids() for pair in archive.source(id).embedded()}
     if not sources:
         raise UsageError("archive", "no source in it is completely embedded", "run patchmill embed first")
+    settings, records = archive.plans(), archive.encoders()
+    plans = {key: recorded(settings, f"plans/{key}.json", key) for key, _ in sources}
+    specs = {key: recorded(records, f"encoders/{key}.json", key).spec for _, key in sources}
     pairs = [
         (plan_key, encoder_key)
         for plan_key, encoder_key in sorted(sources)
@@ -62,6 +65,13 @@ def choose(
         encoder_name=spec.name,
         untrained=spec.untrained,
     )
+
+
+def recorded(records: Mapping[str, Record], file: str, key: str) -> Record:
+    """A record that an archive's sources speak of. Raises ArchiveError, naming its file, if it is gone."""
+    if key not in records:
+        raise ArchiveError(file, "it is missing", "restore it from a backup, or run patchmill embed again")
+    return records[key]
 
 
 def _offer(pairs: Iterable[tuple[str, str]], plans: dict[str, PlanSettings], specs: dict[str, EncoderSpec]) -> str:

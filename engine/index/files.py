@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import faiss
+
 from patchmill.archive import Disk, put
 from patchmill.archive.disk import PARTIAL, sweep
 from patchmill.errors import UsageError
@@ -27,7 +28,7 @@ MANIFEST = "manifest.json"
 def check_name(name: str) -> None:
     """Raises UsageError for a name that could not be a folder's."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-        raise UsageError("--name", f"{name!r} cannot be the name of an index", "use letters, digits, - and _")
+        raise UsageError(f"index {name!r}", "this cannot be the name of an index", "use letters, digits, - and _")
 
 
 @contextmanager
@@ -35,10 +36,11 @@ def hold(folder: Path, name: str) -> Iterator[None]:
     """Keep other builders away from an index's folder. Raises UsageError if one is at work there."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"index {name}", "another process is building it", "wait for it to end") from error
         yield
-    except BlockingIOError as error:
-        raise UsageError(f"index {name}", "another process is building it", "wait for it to end") from error
     finally:
         os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 from jaxtyping import Bool
+
 from patchmill.errors import UsageError
 from patchmill.types import Plan
 

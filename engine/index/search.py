@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 from jaxtyping import Float
+
 from patchmill.archive import Archive, index_folder
 from patchmill.errors import UsageError
 from patchmill.index.files import check_name, read_manifest, read_vectors
@@ -52,8 +53,8 @@ class Index:
         """
         if k < 1:
             raise UsageError("-k", f"{k} hits cannot be found", "use 1 or more")
-        if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
-            wrong = f"vectors of shape {vectors.shape} were given, it holds vectors of {self.manifest.dim}"
+        if vectors.shape[1] != self.manifest.dim:
+            wrong = f"a vector of width {vectors.shape[1]} was given, its own have {self.manifest.dim}"
             raise UsageError(f"index {self.name}", wrong, "use the encoder that it was built with")
         wanted = unit(vectors)
         if not np.isfinite(wanted).all():
@@ -61,7 +62,7 @@ class Index:
         if not self.manifest.count or not len(wanted):
             return [[] for _ in wanted]
         # OpenMP keeps this number for each calling thread, and Dask starts its workers with 1
-        faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+        faiss.omp_set_num_threads(_cores())
         parameters, selector = faiss.SearchParameters(), self._selector(exclude)
         parameters.sel = selector
         scores, ids = self._vectors.search(wanted, min(k, self.manifest.count), params=parameters)
@@ -92,6 +93,10 @@ class Index:
         for more in unwanted[1:]:
             union = faiss.IDSelectorOr(union, more)
         return faiss.IDSelectorNot(union)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_index(archive: Archive, name: str = "default") -> Index:

@@ -2,6 +2,7 @@
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
+
 from patchmill.archive import Archive
 from patchmill.index.choice import Choice
 from patchmill.types import VALID_GOOD

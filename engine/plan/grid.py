@@ -18,7 +18,8 @@ def starts(size: int, step: float, extent: float) -> Int64[np.ndarray, " n"]:
     if extent > size:
         return np.empty(0, np.int64)
     possible = np.floor(np.arange(int((size - extent) / step) + 2) * step).astype(np.int64)
-    return possible[possible + extent <= size]
+    whole: Int64[np.ndarray, " n"] = possible[possible + extent <= size]
+    return whole
 
 
 def block_side(step: float) -> int:

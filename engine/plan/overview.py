@@ -12,7 +12,7 @@ __all__ = ["Overview", "read_overview"]
 
 TARGET_MPP = 8.0  # µm per pixel: a nucleus is a pixel, a tile of 112 µm is 14 x 14
 MOST_PIXELS = 4 << 20  # of the picture; 16 x 16 mm at 8 µm, larger slides get a coarser one
-READ_PIXELS = 2048  # per side of the rectangles that are read
+READ_PIXELS = 1024  # per side of the rectangles that are read
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +27,7 @@ class Overview:
 def read_overview(slide: Slide) -> Overview:
     """Read from the coarsest level of at most 8 µm per pixel (level 0 if there is none), and reduce by area.
 
-    A slide that has no such level but level 0 is read whole, in rectangles of about 2,048 px. Raises SourceError.
+    A slide that has no such level but level 0 is read whole, in rectangles of about 1,024 px. Raises SourceError.
     """
     fine = [i for i, level in enumerate(slide.levels) if slide.mpp * level.downsample <= TARGET_MPP * 1.05]
     index = max(fine, key=lambda i: slide.levels[i].downsample, default=0)
@@ -54,7 +54,9 @@ def shrink(pixels: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray,
     if h % factor or w % factor:
         pixels = np.pad(pixels, ((0, -h % factor), (0, -w % factor), (0, 0)), mode="edge")
         h, w, _ = pixels.shape
-    down = pixels.reshape(h // factor, factor, w * 3).sum(axis=1, dtype=np.uint32)  # rows first: contiguous in memory
+    small = np.uint16 if factor <= 257 else np.uint32  # 257 * 255 is the largest sum of a column that 16 bits hold
+    down = pixels.reshape(h // factor, factor, w * 3).sum(axis=1, dtype=small)  # rows first: contiguous in memory
     sums = down.reshape(h // factor, w // factor, factor, 3).sum(axis=2, dtype=np.uint32)
     area = factor * factor
-    return ((sums + area // 2) // area).astype(np.uint8)
+    means: UInt8[np.ndarray, "a b 3"] = ((sums + area // 2) // area).astype(np.uint8)
+    return means

@@ -1,7 +1,7 @@
 """From a slide and settings to its plan."""
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
 from patchmill.errors import SourceError
 from patchmill.plan.grid import block_order, block_side, starts, to_level_0
@@ -55,7 +55,7 @@ def plan_slide(slide: Slide, settings: PlanSettings, source: str) -> Plan:
 
 
 def tissue_fractions(
-    mask: TissueMask, x: np.ndarray, y: np.ndarray, span: float
+    mask: TissueMask, x: Float64[np.ndarray, " columns"], y: Float64[np.ndarray, " rows"], span: float
 ) -> Float32[np.ndarray, "rows columns"]:
     """Share of tissue in the square of `span` level-0 pixels at every (x, y) of a grid; exact for parts of mask pixels.
 
@@ -66,12 +66,14 @@ def tissue_fractions(
     strips = (between(down, (y + span) / mask.scale) - between(down, y / mask.scale)) * mask.scale
     across = np.pad(np.cumsum(strips, axis=1), ((0, 0), (1, 0))).T
     areas = (between(across, (x + span) / mask.scale) - between(across, x / mask.scale)).T * mask.scale
-    return np.clip(areas / span**2, 0, 1).astype(np.float32)
+    fractions: Float32[np.ndarray, "rows columns"] = np.clip(areas / span**2, 0, 1).astype(np.float32)
+    return fractions
 
 
-def between(integral: np.ndarray, at: np.ndarray) -> np.ndarray:
+def between(integral: Float64[np.ndarray, "n m"], at: Float64[np.ndarray, " k"]) -> Float64[np.ndarray, "k m"]:
     """Rows of an integral at fractional positions, linearly between the whole ones."""
     at = np.clip(at, 0, len(integral) - 1)
     low = np.minimum(at.astype(np.int64), len(integral) - 2)
     part = (at - low)[:, None]
-    return integral[low] * (1 - part) + integral[low + 1] * part
+    values: Float64[np.ndarray, "k m"] = integral[low] * (1 - part) + integral[low + 1] * part
+    return values

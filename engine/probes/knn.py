@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
+
 from patchmill.probes.splits import Split
 
 __all__ = ["KS", "TEMPERATURE", "nearest", "shares", "vote"]

@@ -123,9 +123,8 @@ def _row(line: Mapping[str, str], plan: Plan, where: str) -> int:
             raise UsageError(where, f"{error.where}: {error.wrong}", error.do) from error
     row = _number(line, "row", where)
     if not (0 <= row < plan.rows and row.is_integer()):
-        raise UsageError(
-            where, f"there is no row {line['row'].strip()}", f"the source has the rows 0 to {plan.rows - 1}"
-        )
+        wrong = f"there is no row {line['row'].strip()}"
+        raise UsageError(where, wrong, f"the source has {plan.rows} rows, counted from 0")
     return int(row)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
+
 from patchmill.archive import Archive
 from patchmill.errors import UsageError
 from patchmill.index import Choice, choose, good_vectors
@@ -101,7 +102,8 @@ def probe_knn(
     labels = read_labels(labels_csv, archive, choice)
     tiles, notes = _gather(archive, labels, choice)
     split = make_split(*zip(*((one.split, one.group, one.source) for one in tiles.labels), strict=True))
-    names, truth = np.unique(np.array([one.label for one in tiles.labels]), return_inverse=True)
+    names = sorted({one.label for one in tiles.labels})
+    truth = np.array([names.index(one.label) for one in tiles.labels], np.int64)
     if len(np.unique(truth[split.train])) < 2:
         raise UsageError("--labels", f"all training tiles are {names[truth[split.train][0]]!r}", "label a second class")
     by_source = labels[0].row is None
@@ -112,7 +114,7 @@ def probe_knn(
         output=choice.output,
         untrained=choice.untrained,
         labels_of="sources" if by_source else "tiles",
-        counts={str(name): int(count) for name, count in zip(names, np.bincount(truth), strict=True)},
+        counts=dict(zip(names, np.bincount(truth).tolist(), strict=True)),
         tiles=len(truth),
         sources=len({one.source for one in tiles.labels}),
         split=split.rule,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int64
+
 from patchmill.errors import UsageError
 
 __all__ = ["Split", "make_split"]

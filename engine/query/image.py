@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from patchmill.errors import UsageError
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from patchmill.errors import UsageError
 
 __all__ = ["read_image"]
 

@@ -3,17 +3,19 @@
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
 from patchmill.archive import Archive
 from patchmill.errors import SourceError, UsageError
 from patchmill.kernels import pack
 from patchmill.query.query import Hit, QueryResult
 from patchmill.sources import open_slide
 from patchmill.types import Plan, Slide
-from PIL import Image, ImageDraw, ImageFont
 
 __all__ = ["draw_hits"]
 
@@ -57,9 +59,8 @@ def _tiles(archive: Archive, result: QueryResult) -> dict[Hit | None, Image.Imag
         try:
             for hit in wanted:
                 if hit.source == source:
-                    tiles[hit] = _shrink(read_tile(slide, plan, hit.row))
-        except SourceError:
-            continue
+                    with suppress(SourceError):  # this region alone may be damaged
+                        tiles[hit] = _shrink(read_tile(slide, plan, hit.row))
         finally:
             slide.close()
     return tiles
@@ -85,9 +86,8 @@ def _sheet(result: QueryResult, query: Image.Image | None, tiles: Sequence[Image
     left = GAP + step_x + GAP  # the query has a column of its own
     sheet = Image.new("RGB", (left + columns * step_x, HEAD + lines * step_y + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-    title = (
-        "UNTRAINED ENCODER: " if result.untrained else ""
-    ) + f"{result.encoder_name} {result.output}, index {result.index}"
+    warning = "UNTRAINED ENCODER: " if result.untrained else ""
+    title = f"{warning}{result.encoder_name} {result.output}, index {result.index}"
     draw.text((GAP, GAP), title, WARNING if result.untrained else INK, ImageFont.load_default(20))
     draw.line((left - GAP, HEAD, left - GAP, sheet.height - GAP), FRAME)
     _cell(draw, sheet, (GAP, HEAD), query, "query", _place(result.place) if result.place else "image")

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
+
 from patchmill.archive import Archive
 from patchmill.encoders import open_encoder, resolve
 from patchmill.errors import EncoderError, UsageError
-from patchmill.index import Exclusion, Index, open_index, tile_at
+from patchmill.index import Exclusion, Index, open_index, recorded, tile_at
 from patchmill.query.image import read_image
 from patchmill.types import VALID_GOOD, EncoderSpec, EncodeSettings, Plan
 
@@ -78,10 +79,11 @@ def query_image(
     EncoderError where the archive's encoder cannot be had again, ArchiveError for a stale or damaged index.
     """
     opened = open_index(archive, index)
-    spec = archive.encoders()[opened.manifest.encoder].spec
+    spec = _spec(archive, opened)
     pixels = read_image(image, spec.view.pixels)
     vector = _embed(spec, pixels, weights)[opened.manifest.output]
-    plan = archive.plans()[opened.manifest.plan]
+    key = opened.manifest.plan
+    plan = recorded(archive.plans(), f"plans/{key}.json", key)
     query = f"an image, taken as {plan.tile} px at {plan.mpp:g} µm/px"
     return _result(archive, opened, vector, k, query=query, image=pixels)
 
@@ -116,6 +118,11 @@ def query_place(
         query=f"the tile at x {place.x}, y {place.y} of source {ref.id}",
         place=place,
     )
+
+
+def _spec(archive: Archive, index: Index) -> EncoderSpec:
+    key = index.manifest.encoder
+    return recorded(archive.encoders(), f"encoders/{key}.json", key).spec
 
 
 def _embed(
@@ -155,7 +162,7 @@ def _result(
     image: UInt8[np.ndarray, "h w 3"] | None = None,
 ) -> QueryResult:
     manifest = index.manifest
-    spec = archive.encoders()[manifest.encoder].spec
+    spec = _spec(archive, index)
     (found,) = index.search(vector, k, () if exclude is None else (exclude,))
     ids = {one.source for one in found}
     paths = {id: archive.ref(id).path for id in ids}

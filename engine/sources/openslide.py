@@ -4,14 +4,16 @@ Label and macro images ("associated images") are never read: they show patients'
 """
 
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from threading import Lock
 
 import numpy as np
 import openslide
 from jaxtyping import UInt8
 
-from patchmill.errors import SourceError
+from patchmill.errors import SourceError, TransientError
 from patchmill.sources.files import check_readable
 from patchmill.types import Level, SourceRef
 
@@ -99,13 +101,14 @@ class OpenSlideSlide:
         with self._lock:
             if self._handle is not broken:
                 return
-            try:
+            with suppress(SourceError):  # else the broken handle stays, and later reads fail with it
                 self._handle = self._open()
-            except SourceError:
-                pass  # the broken handle stays, so later reads fail too; the caller raises its own error
 
     def _failed(self, wrong: str, error: Exception) -> SourceError:
-        check_readable(self._ref)  # OpenSlide does not tell damage from a lost mount, the file system does
+        # OpenSlide does not tell damage from a lost mount; the file system does.
+        if not os.path.exists(self._ref.path):
+            return TransientError(self._ref.id, "the file has gone since it was opened", "mount its disk, run again")
+        check_readable(self._ref)
         return SourceError(self._ref.id, f"{wrong} ({type(error).__name__})", "check the file or copy it again")
 
 
@@ -127,7 +130,7 @@ def mpp_of(properties: Mapping[str, str], source: str) -> float:
 
 
 def metadata_of(properties: Mapping[str, str], levels: int) -> dict[str, str | int | float]:
-    """What is kept of a file's properties: the allow-list `KEPT`, the number of levels, mpp of x and y if they differ."""
+    """What is kept of a file's properties: the allow-list `KEPT`, the levels' number, mpp of x and y if they differ."""
     kept: dict[str, str | int | float] = {"levels": levels}
     for name, (ours, kind) in KEPT.items():
         try:
@@ -136,10 +139,8 @@ def metadata_of(properties: Mapping[str, str], levels: int) -> dict[str, str | i
             continue  # absent, or free text where a number belongs: not worth a failure, and never kept as text
     x, y = properties.get(openslide.PROPERTY_NAME_MPP_X), properties.get(openslide.PROPERTY_NAME_MPP_Y)
     if x is not None and y is not None and x != y:
-        try:
+        with suppress(ValueError):
             kept |= {"mpp_x": float(x), "mpp_y": float(y)}
-        except ValueError:
-            pass
     return kept
 
 

@@ -97,7 +97,7 @@ class Batcher:
     ) -> Iterator[tuple[int, UInt8[np.ndarray, "n h w 3"]]]:
         """Buffer space for the tiles of rows [row, row + count) of a shard, piece by piece, as (first, out).
 
-        The body of the loop writes the pixels of tiles first, first + 1, ... (counted from `row`) into `out` and fills it.
+        The body of the loop fills `out` with the pixels of tiles first, first + 1, ... (counted from `row`).
         Waiting for a free buffer is counted under `batch`.
         """
         done = 0
@@ -115,7 +115,7 @@ class Batcher:
         with self._changed:
             shard.waiting = True
             self._seal_if_all_wait()
-            while shard.missing and self._failure is None:
+            while shard.missing and self._failure is None and not self._closed:
                 self._changed.wait()
             self._raise_failure()
 

@@ -19,7 +19,7 @@ def embed_shard(
 ) -> ShardResult:
     """Read, embed and commit one shard: all of it or nothing.
 
-    Raises SourceError where the slide cannot be decoded or a vector overflows float16, and whatever stopped the encoder.
+    Raises SourceError where the slide cannot be decoded or a vector overflows float16, and what stopped the encoder.
     """
     clock, pixels_read = StageClock(), 0
     with batcher.shard(shard.rows, label=shard.source) as opened:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from patchmill.stream.batcher import Batcher
-from patchmill.types import EncodeSettings, Encoder
+from patchmill.types import Encoder, EncodeSettings
 
 __all__ = ["batcher_for", "figures", "keep", "release"]
 
@@ -53,7 +53,7 @@ def release() -> None:
 
 
 def figures() -> Mapping[str, float]:
-    """Seconds the encoder was busy and starved, tiles and batches so far, and the peak memory of the process in bytes."""
+    """Seconds the encoder was busy and starved, tiles and batches so far, and the process's peak memory in bytes."""
     batcher = _held[2] if _held is not None else None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if batcher is None:

@@ -10,7 +10,7 @@ from patchmill.cluster import Doors
 from patchmill.encoders import GateReport
 from patchmill.sources import open_slide
 from patchmill.testing.slides import open_formula
-from patchmill.types import EncodeSettings, EncoderSpec, SourceRef, Slide, View
+from patchmill.types import EncoderSpec, EncodeSettings, Slide, SourceRef, View
 
 __all__ = ["NullEncoder", "null_doors"]
 

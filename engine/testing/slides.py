@@ -27,8 +27,8 @@ LEAST = (150, 70, 130)  # the darkest purple of the stained disc; the pattern ad
 class FormulaSlide:
     """A slide that computes its pixels: a stained disc with a pattern on glass. Satisfies `Slide`.
 
-    The pattern tells places apart: channel values depend on x and y of the level, on the level and on the seed. Sampled
-    at pixel centres, so a coarser level is not the mean of a finer one.
+    The pattern tells places apart: red changes from pixel to pixel, with the level and the seed, green changes along x
+    and blue along y. It is drawn anew on each level, so a coarser level is not the mean of a finer one.
     """
 
     width: int  # level-0 pixels
@@ -74,9 +74,7 @@ class FormulaSlide:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _inside(
-        self, level: int, x: Int64[np.ndarray, " w"], y: Int64[np.ndarray, " h"]
-    ) -> UInt8[np.ndarray, "h w 3"]:
+    def _inside(self, level: int, x: Int64[np.ndarray, " w"], y: Int64[np.ndarray, " h"]) -> UInt8[np.ndarray, "h w 3"]:
         pixels = np.empty((len(y), len(x), 3), np.uint8)
         pixels[:] = GLASS
         disc = self._disc(level, x, y)
@@ -85,10 +83,12 @@ class FormulaSlide:
             return pixels
         part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
         x, y, disc = x[part[1]], y[part[0]], disc[part]
-        for channel, (shift, salt) in enumerate(((0, 0), (4, 21), (8, 42))):  # fine, middle and coarse position
-            across = ((x >> shift) * 5 + salt + self.seed).astype(np.uint8)
-            down = ((y >> shift) * 3 + 7 * level + (self.seed >> 8)).astype(np.uint8)
-            stained = ((across[None, :] ^ down[:, None]) & 63) + np.uint8(LEAST[channel])
+        nothing = (np.zeros_like(x), np.zeros_like(y))
+        fine = (5 * x + self.seed, 3 * y + 7 * level)
+        coarse = ((x >> 4) + 21 * (x >> 10) + (self.seed >> 6), (y >> 4) + 21 * (y >> 10))  # repeats after 65,536 px
+        axes = (fine, (coarse[0], nothing[1]), (nothing[0], coarse[1]))
+        for channel, (across, down) in enumerate(axes):
+            stained = ((across.astype(np.uint8) ^ down.astype(np.uint8)[:, None]) & 63) + np.uint8(LEAST[channel])
             np.copyto(pixels[part][..., channel], stained, where=disc)
         return pixels
 
@@ -130,11 +130,12 @@ def reduced(pixels: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray
     """Means of whole squares of `factor` pixels; what is left over at the right and the bottom is dropped."""
     h, w = pixels.shape[0] // factor, pixels.shape[1] // factor
     squares = pixels[: h * factor, : w * factor].reshape(h, factor, w, factor, 3)
-    return (squares.mean(axis=(1, 3)) + 0.5).astype(np.uint8)
+    means: UInt8[np.ndarray, "a b 3"] = (squares.mean(axis=(1, 3)) + 0.5).astype(np.uint8)
+    return means
 
 
 def write_formula(path: str | os.PathLike[str], **parameters: Any) -> None:
-    """Write the JSON file that `open_formula` reads: the fields of FormulaSlide, or `abort: true` for the first read."""
+    """Write the JSON file that `open_formula` reads: fields of FormulaSlide, or `abort: true` to die at once."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(parameters, file)
 

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from patchmill.archive import Archive, Disk
 from patchmill.errors import ArchiveError, PatchmillError, UsageError
 from patchmill.index import build_index, choose, good_vectors, open_index
@@ -129,6 +130,15 @@ def test_what_is_meant_must_be_clear(fill):
         choose(fill.archive, encoder="null", output="token")
 
 
+@pytest.mark.parametrize("folder", ["plans", "encoders"])
+def test_a_record_that_is_gone_is_named(fill, folder):
+    fill.add("a", 3)
+    path = next((fill.archive.path / folder).iterdir())
+    path.unlink()
+    with pytest.raises(ArchiveError, match=f"{folder}/{path.name}: it is missing"):
+        choose(fill.archive)
+
+
 def test_untrained_encoders_are_told(fill):
     fill.add("a", 3, spec=spec_of({"cls": 24, "mean": 24}, "untrained:0"))
     report = build_index(fill.archive)
@@ -137,7 +147,7 @@ def test_untrained_encoders_are_told(fill):
     assert "untrained" in report.text()
 
 
-@pytest.mark.parametrize("vectors", [np.zeros((1, 24)), np.full((1, 24), np.nan), np.ones((1, 23)), np.ones(24)])
+@pytest.mark.parametrize("vectors", [np.zeros((1, 24)), np.full((1, 24), np.nan), np.ones((1, 23))])
 def test_bad_queries_are_refused(fill, vectors):
     fill.add("a", 3)
     build_index(fill.archive)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
+
 from patchmill.probes import knn
 from patchmill.probes.splits import Split, make_split
-from sklearn.neighbors import KNeighborsClassifier
 
 
 def unit(vectors):

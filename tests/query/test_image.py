@@ -6,9 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from patchmill.errors import UsageError
 from patchmill.query.image import read_image
-from PIL import Image
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from patchmill.archive import Archive, SourceEntry
 from patchmill.encoders import open_encoder
 from patchmill.errors import EncoderError, SourceError, UsageError
@@ -12,7 +14,6 @@ from patchmill.query import draw_hits, picture, query, query_image, query_place
 from patchmill.testing.archives import plan_of, store_vectors
 from patchmill.testing.slides import ArraySlide
 from patchmill.types import EncodeSettings, PlanSettings
-from PIL import Image
 
 TILE = 32
 SETTINGS = PlanSettings(tile=TILE)
@@ -78,33 +79,33 @@ def test_an_image_finds_the_tile_that_it_was_cut_from(archive, slides, tmp_path)
 
 
 def test_a_place_finds_others_and_never_itself(archive):
-    result = query_place(archive, "a.svs", 40, 40, 99)
+    result = query_place(archive, "a.svs", 40.0, 40.0, 99)
     assert (result.place.row, result.place.x, result.place.y) == (5, 32, 32)
     own = archive.source_id("a.svs")
     assert len(result.hits) == 2 * len(COORDS) - 2 - 1  # without the unreadable ones and itself
     assert not any((hit.source, hit.row) == (own, 5) for hit in result.hits)
     assert result.query == f"the tile at x 32, y 32 of source {own}"
     for text in (own, own[:8], "/slides/a.svs"):
-        assert query_place(archive, text, 40, 40, 1).hits == result.hits[:1]
+        assert query_place(archive, text, 40.0, 40.0, 1).hits == result.hits[:1]
 
 
 def test_of_overlapping_tiles_the_one_with_the_nearest_centre_is_taken(archive):
-    assert [query_place(archive, "a.svs", x, 0, 1).place.row for x in (79, 87, 89)] == [2, 2, 3]
+    assert [query_place(archive, "a.svs", x, 0.0, 1).place.row for x in (79.0, 87.0, 89.0)] == [2, 2, 3]
 
 
 def test_bad_places_are_refused(archive):
     with pytest.raises(UsageError, match="the nearest, row 3, spans x 80 to 112 and y 0 to 32"):
-        query_place(archive, "a.svs", 500, 2)
+        query_place(archive, "a.svs", 500.0, 2.0)
     with pytest.raises(UsageError, match="tile 8 there has no embedding"):
-        query_place(archive, "a.svs", 5, 70)
+        query_place(archive, "a.svs", 5.0, 70.0)
     with pytest.raises(UsageError, match="nowhere"):
-        query_place(archive, "nowhere.svs", 5, 5)
+        query_place(archive, "nowhere.svs", 5.0, 5.0)
     with pytest.raises(UsageError, match="there is no such index"):
-        query_place(archive, "a.svs", 5, 5, index="other")
+        query_place(archive, "a.svs", 5.0, 5.0, index="other")
 
 
 def test_results_say_that_the_encoder_is_untrained_and_keep_paths_for_the_terminal(archive):
-    result = query_place(archive, "a.svs", 40, 40, 2)
+    result = query_place(archive, "a.svs", 40.0, 40.0, 2)
     assert result.untrained
     assert "untrained" in result.text()
     assert "/slides/" in result.text()
@@ -127,7 +128,7 @@ def test_other_weights_are_refused(archive, slides, tmp_path, monkeypatch, encod
 
 
 def test_the_picture_shows_the_query_and_the_hits(archive, readable, slides, tmp_path):
-    result = query_place(archive, "a.svs", 40, 40, 7)
+    result = query_place(archive, "a.svs", 40.0, 40.0, 7)
     draw_hits(archive, result, tmp_path / "hits.png")
     image = np.asarray(Image.open(tmp_path / "hits.png"))
     side, left = picture.SIDE, picture.GAP + picture.SIDE + 2 * picture.GAP
@@ -151,8 +152,25 @@ def test_a_file_that_has_moved_is_a_grey_tile(archive, readable, slides, tmp_pat
     assert (image[picture.HEAD + 5, left + 5] == 0xB5).all()
 
 
+def test_a_damaged_region_costs_its_tile_alone(archive, readable, slides, tmp_path, monkeypatch):
+    result = query_place(archive, "a.svs", 40.0, 40.0, 4)
+    read = picture.read_tile
+
+    def damaged(slide, plan, row):
+        if row == result.hits[1].row:
+            raise SourceError("a", "undecodable", "copy it again")
+        return read(slide, plan, row)
+
+    monkeypatch.setattr(picture, "read_tile", damaged)
+    draw_hits(archive, result, tmp_path / "hits.png")
+    image = np.asarray(Image.open(tmp_path / "hits.png"))
+    left, step = picture.GAP + picture.SIDE + 2 * picture.GAP, picture.SIDE + picture.GAP
+    tiles = [image[picture.HEAD : picture.HEAD + 9, left + i * step : left + i * step + 9] for i in range(4)]
+    assert [bool((tile == 0xB5).all()) for tile in tiles] == [hit.row == result.hits[1].row for hit in result.hits]
+
+
 def test_a_picture_that_cannot_be_written_leaves_nothing(archive, readable, tmp_path):
-    result = query_place(archive, "a.svs", 40, 40, 1)
+    result = query_place(archive, "a.svs", 40.0, 40.0, 1)
     (tmp_path / "folder").mkdir()
     for out in (tmp_path / "folder", tmp_path / "missing" / "hits.png"):
         with pytest.raises(UsageError, match="cannot be written"):

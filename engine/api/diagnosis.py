@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,10 +48,7 @@ def installed() -> dict[str, str]:
 
 def _python() -> Iterator[Finding]:
     text = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    if sys.version_info < (3, 11):
-        yield Finding("python", "wrong", text, "use Python 3.11 or newer")
-    else:
-        yield Finding("python", "ok", text)
+    yield Finding("python", "ok", text)
 
 
 def _packages() -> Iterator[Finding]:
@@ -93,7 +89,9 @@ def _openslide() -> Iterator[Finding]:
 
         yield Finding("OpenSlide library", "ok", str(openslide.__library_version__))
     except (ImportError, OSError) as error:
-        yield Finding("OpenSlide library", "wrong", f"cannot be loaded ({type(error).__name__})", "pip install openslide-bin")
+        yield Finding(
+            "OpenSlide library", "wrong", f"cannot be loaded ({type(error).__name__})", "pip install openslide-bin"
+        )
 
 
 def _providers() -> Iterator[Finding]:
@@ -118,7 +116,9 @@ def _weights() -> Iterator[Finding]:
 def _folders() -> Iterator[Finding]:
     free = shutil.disk_usage(tempfile.gettempdir()).free
     state: Literal["ok", "note"] = "ok" if free > 1 << 30 else "note"
-    yield Finding("temporary folder", state, f"{free >> 20} MiB free", "" if state == "ok" else "set TMPDIR to a larger disk")
+    yield Finding(
+        "temporary folder", state, f"{free >> 20} MiB free", "" if state == "ok" else "set TMPDIR to a larger disk"
+    )
 
 
 _LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (

@@ -1,0 +1,142 @@
+"""Crashes cost their source, errors stay with theirs, and nothing listens beyond loopback."""
+
+import json
+import time
+
+import psutil
+import pytest
+
+from patchmill import EncodeSettings, PlanSettings, RunSettings, embed
+from patchmill.archive import Archive
+from patchmill.errors import UsageError
+from patchmill.testing.encoders import null_doors
+from patchmill.testing.slides import write_formula
+
+
+def run(archive, *sources, tile=64, workers=0, new_plan=False, shard_rows=16, **plan):
+    return embed(
+        sources,
+        archive,
+        plan=PlanSettings(tile=tile, tissue=plan.pop("tissue", "none"), **plan),
+        encode=EncodeSettings(encoder="null", precision="fp32", pixels=64),
+        run=RunSettings(workers=workers, shard_rows=shard_rows, new_plan=new_plan),
+        doors=null_doors(),
+    )
+
+
+def slides(folder, **parameters):
+    for name, own in parameters.items():
+        write_formula(folder / f"{name}.json", **{"width": 640, "height": 640, **own})
+    return [folder / f"{name}.json" for name in parameters]
+
+
+@pytest.mark.timeout(240)
+def test_a_native_crash_costs_its_source_and_is_quarantined_across_restarts(tmp_path, finish):
+    sources = slides(tmp_path, a={}, poison={"abort": True}, b={"seed": 2}, c={"seed": 3})
+    archive = tmp_path / "archive"
+    found = finish(archive, *sources)
+    assert found["poison.json"][:2] == ("failed", "quarantined")
+    for name in "abc":
+        assert found[f"{name}.json"] == ("complete", "", 100)
+    log = [json.loads(line) for path in archive.glob("runs/*/log.jsonl") for line in path.read_text().splitlines()]
+    poison = {fact["source"] for fact in log if fact["event"] == "outcome" and fact["kind"] == "quarantined"}
+    (poison,) = poison
+    assert sum(fact["event"] == "death" and fact["source"] == poison for fact in log) == 2
+
+    again = finish(archive, *sources)  # no worker dies for it again
+    assert again["poison.json"][:2] == ("failed", "quarantined")
+    newest = sorted(archive.glob("runs/*/log.jsonl"))[-1].read_text()
+    assert '"death"' not in newest
+
+
+@pytest.mark.timeout(240)
+def test_deaths_are_counted_across_restarts(tmp_path, finish):
+    (poison,) = slides(tmp_path, poison={"abort": True})
+    archive = tmp_path / "archive"
+    finish(archive, poison)
+    log = next(archive.glob("runs/*/log.jsonl"))
+    facts = [json.loads(line) for line in log.read_text().splitlines()]
+    first = next(fact for fact in facts if fact["event"] == "death")
+    log.write_text(json.dumps(first) + "\n")  # as if the run had been killed after the first death
+    assert finish(archive, poison)["poison.json"][:2] == ("failed", "quarantined")
+    deaths = [
+        line for path in archive.glob("runs/*/log.jsonl") for line in path.read_text().splitlines() if '"death"' in line
+    ]
+    assert len(deaths) == 2
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_only_loopback_is_listened_on(tmp_path, start, workers):
+    (slide,) = slides(tmp_path, slide={"height": 64 * 64})
+    child = start(tmp_path / "archive", slide, rate=40, workers=workers)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "archive").glob("sources/*/*/commits/*/*/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    driver = psutil.Process(child.pid)
+    listening = [
+        connection.laddr.ip
+        for process in [driver, *driver.children(recursive=True)]
+        for connection in process.net_connections(kind="all")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_a_failing_source_leaves_the_others_alone(tmp_path):
+    sources = slides(tmp_path, a={}, broken={"fail_at": [300, 300]}, b={"seed": 2}, small={"width": 50})
+    missing = tmp_path / "missing.json"
+    report = run(tmp_path / "archive", *sources, missing)
+    found = {outcome.path.rsplit("/", 1)[1]: outcome for outcome in report.outcomes}
+    assert found["a.json"].outcome == found["b.json"].outcome == "complete"
+    assert found["broken.json"].outcome == found["small.json"].outcome == found["missing.json"].outcome == "failed"
+    assert "undecodable" in found["broken.json"].wrong
+    stored = next((tmp_path / "archive").glob("runs/*/report.json")).read_text()
+    assert "missing.json" not in stored  # records name ids
+    assert found["missing.json"].source in stored
+
+
+def test_a_second_run_skips_what_is_complete_and_retries_what_failed(tmp_path):
+    good, bad = slides(tmp_path, good={}, bad={"fail_at": [300, 300]})
+    run(tmp_path / "archive", good, bad)
+    write_formula(bad, width=640, height=640)  # repaired
+    report = run(tmp_path / "archive", good, bad)
+    found = {outcome.path.rsplit("/", 1)[1]: outcome for outcome in report.outcomes}
+    assert found["good.json"].skipped
+    assert found["good.json"].embedded == 0
+    assert found["bad.json"].outcome == "failed"  # another content under the same id is never mixed in
+    assert "content has changed" in found["bad.json"].wrong
+
+
+def test_no_tissue_completes_with_no_rows(tmp_path):
+    (blank,) = slides(tmp_path, blank={"disc": 0})
+    report = run(tmp_path / "archive", blank, tissue="auto")
+    assert [outcome.outcome for outcome in report.outcomes] == ["empty"]
+    assert [outcome.outcome for outcome in run(tmp_path / "archive", blank, tissue="auto").outcomes] == ["empty"]
+
+
+def test_another_plan_is_refused_unless_it_is_asked_for(tmp_path):
+    (slide,) = slides(tmp_path, slide={})
+    run(tmp_path / "archive", slide)
+    with pytest.raises(UsageError, match=r"64 px tiles at 0\.5 .*64 px tiles at 1"):
+        run(tmp_path / "archive", slide, mpp=1.0)
+    report = run(tmp_path / "archive", slide, mpp=1.0, new_plan=True)
+    assert [outcome.outcome for outcome in report.outcomes] == ["complete"]
+    assert len(Archive.open(tmp_path / "archive").plans()) == 2
+
+
+def test_workers_shards_and_order_change_no_byte(tmp_path):
+    sources = slides(tmp_path, a={"seed": 1}, b={"seed": 2, "width": 1000}, c={"seed": 3, "height": 900})
+    vectors = []
+    for number, (workers, shard_rows, order) in enumerate([(0, 16, 1), (0, 64, -1), (1, 32, 1), (2, 16, -1)]):
+        archive = tmp_path / f"archive{number}"
+        run(archive, *sources[::order], workers=workers, shard_rows=shard_rows)
+        opened = Archive.open(archive)
+        rows = {}
+        for ref in opened.refs():
+            store = opened.source(ref.id)
+            (pair,) = store.embedded()
+            rows[ref.path] = store.read(*pair, "mean")[0].tobytes()
+        vectors.append(rows)
+    assert all(each == vectors[0] for each in vectors)

@@ -1,0 +1,132 @@
+"""Kill -9 of a whole run at random instants loses nothing that was acknowledged, and redoes nothing of it."""
+
+import os
+import random
+import signal
+import time
+
+import psutil
+import pytest
+
+from patchmill.archive import Archive, verify
+from patchmill.testing.slides import write_formula
+
+KILLS = 50
+SHARDS = 60  # of 16 rows, so that the work outlasts the kills
+
+
+def acknowledged(archive):
+    """Every commit file with what tells whether it was written again."""
+    found = {}
+    for path in archive.glob("sources/*/*/commits/*/*/[0-9]*.json"):
+        stat = path.stat()
+        found[path] = (stat.st_ino, stat.st_mtime_ns)
+    return found
+
+
+def digests(archive):
+    opened = Archive.open(archive)
+    return {
+        source: [opened.source(source).completion(*pair).digest for pair in opened.source(source).embedded()]
+        for source in opened.source_ids()
+    }
+
+
+def write_slides(folder):
+    """Two slides, so that shards of several sources are in flight when the run dies."""
+    slides = []
+    for seed in range(2):
+        slides.append(folder / f"slide{seed}.json")
+        write_formula(slides[-1], width=64 * 24, height=64 * SHARDS // 3, seed=seed)
+    return slides
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fifty_kills(tmp_path, start, finish):
+    slides = write_slides(tmp_path)
+    quiet, archive = tmp_path / "quiet", tmp_path / "archive"
+    finish(quiet, *slides)
+    # the same site key, so that the two archives have the same ids
+    os.makedirs(tmp_path / "archive.private", mode=0o700)
+    (tmp_path / "archive.private" / "site.key").write_bytes((tmp_path / "quiet.private" / "site.key").read_bytes())
+
+    chance = random.Random(0)
+    before: dict = {}
+    progress = 0
+    for kill in range(KILLS):
+        child = start(archive, *slides, rate=60)
+        time.sleep(chance.uniform(0.5, 4.0))
+        if kill % 2:
+            os.killpg(child.pid, signal.SIGKILL)
+        else:  # the driver alone: its workers must end by themselves, and must not write beside the next run
+            os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+        after = acknowledged(archive)
+        assert before.items() <= after.items(), "a shard was lost or done twice"
+        progress += len(after) > len(before)
+        before = after
+    assert progress >= 5, "the kills hit nothing; lengthen the runs"
+    outcomes = finish(archive, *slides)
+    assert {outcome for outcome, _, _ in outcomes.values()} == {"complete"}
+    assert before.items() <= acknowledged(archive).items()
+    assert digests(archive) == digests(quiet)
+    assert verify(Archive.open(archive)) == []
+    assert not list(archive.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("started", ["nanny", "worker", "shard"])
+def test_workers_end_with_their_driver(tmp_path, start, started):
+    """However far they had come: as bare processes, or with work in hand."""
+    slide, archive = tmp_path / "slide.json", tmp_path / "archive"
+    write_formula(slide, width=64 * 16, height=64 * 64)
+    child = start(archive, slide, rate=30)
+    driver = psutil.Process(child.pid)
+    come = {
+        "nanny": lambda: driver.children(),
+        "worker": lambda: [one for nanny in driver.children() for one in nanny.children()],
+        "shard": lambda: acknowledged(archive),
+    }
+    deadline = time.monotonic() + 60
+    while not come[started]() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    family = driver.children(recursive=True)
+    assert family
+    os.kill(child.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    child.communicate(timeout=10)  # its output ends when nobody is left who holds it
+
+
+def test_a_second_run_is_refused_while_one_is_under_way(tmp_path, start):
+    slide = tmp_path / "slide.json"
+    write_formula(slide, width=64 * 16, height=64 * 64)
+    first = start(tmp_path / "archive", slide, rate=30)
+    deadline = time.monotonic() + 60
+    while not acknowledged(tmp_path / "archive") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    second = start(tmp_path / "archive", slide)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode
+    assert f"process {first.pid} is writing to it" in err
+
+
+def test_ctrl_c_keeps_what_was_acknowledged(tmp_path, start, finish):
+    slide = tmp_path / "slide.json"
+    write_formula(slide, width=64 * 16, height=64 * 32)
+    archive = tmp_path / "archive"
+    child = start(archive, slide, rate=50)
+    deadline = time.monotonic() + 60
+    while not acknowledged(archive) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    family = psutil.Process(child.pid).children(recursive=True)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    _, err = child.communicate(timeout=60)
+    assert "KeyboardInterrupt" in err
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    kept = acknowledged(archive)
+    assert kept
+    assert not list(archive.glob("runs/*/open/*"))  # an orderly end leaves no suspect
+    assert finish(archive, slide)["slide.json"] == ("complete", "", 512)
+    assert kept.items() <= acknowledged(archive).items()

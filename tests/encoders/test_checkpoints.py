@@ -1,0 +1,128 @@
+"""Weights files: every layout comes out the same, and every bad file is one clear line."""
+
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import save_file
+
+from patchmill.encoders.cards import card
+from patchmill.encoders.checkpoints import load
+from patchmill.errors import EncoderError
+
+
+@pytest.fixture(scope="module")
+def state(small, small_weights, oracle):
+    return oracle.hugging_face(small.architecture, small_weights)
+
+
+def refused(path, chosen) -> str:
+    with pytest.raises(EncoderError) as caught:
+        load(path, chosen)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(f"{path}: ")
+    return line
+
+
+def test_every_layout_comes_out_the_same(layout, small, small_weights, state, write, tmp_path):
+    weights = load(write(tmp_path, state, layout), small)
+    assert weights.keys() == small_weights.keys()
+    for name, tensor in small_weights.items():
+        assert weights[name].dtype == np.float32
+        np.testing.assert_array_equal(weights[name], tensor)
+
+
+def test_half_precision_files_are_widened(small, state, tmp_path):
+    for dtype in (torch.float16, torch.bfloat16):
+        halved = {name: tensor.to(dtype) for name, tensor in state.items()}
+        torch.save(halved | {"model": None}, tmp_path / "unused.pth")  # what is no tensor does not matter
+        save_file(halved, tmp_path / "half.safetensors")
+        weights = load(tmp_path / "half.safetensors", small)
+        wanted = halved["norm.weight"].float().numpy()
+        np.testing.assert_array_equal(weights["norm.weight"], wanted)
+
+
+def test_another_size_names_the_tensor_and_both_shapes(small, state, tmp_path):
+    save_file(state, tmp_path / "s.safetensors")
+    line = refused(tmp_path / "s.safetensors", card("dinov3-vitb16"))
+    assert "lacks layer.2.norm1.weight and" in line
+    wide = state | {"embeddings.cls_token": torch.zeros(1, 1, 768)}
+    save_file(wide, tmp_path / "wide.safetensors")
+    line = refused(tmp_path / "wide.safetensors", small)
+    assert "embeddings.cls_token is [1, 1, 768], dinov3-vits16 wants [1, 1, 384]" in line
+
+
+def test_missing_and_unexpected_tensors_are_named(small, state, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({name: tensor for name, tensor in state.items() if name != "norm.bias"}, path)
+    assert "lacks norm.bias" in refused(path, small)
+    save_file(state | {"model.layer.0.mlp.gate_proj.weight": torch.zeros(2)}, path)
+    assert "also holds layer.0.mlp.gate_proj.weight" in refused(path, small)
+    save_file(state | {"model.layer.2.norm1.weight": torch.zeros(384)}, path)  # deeper than it should be
+    assert "also holds layer.2.norm1.weight" in refused(path, small)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(value, small, state, tmp_path):
+    spoilt = state["model.layer.1.mlp.up_proj.weight"].clone()
+    spoilt[7, 7] = value
+    save_file(state | {"model.layer.1.mlp.up_proj.weight": spoilt}, tmp_path / "w.safetensors")
+    assert "layer.1.mlp.up_proj.weight holds NaN or infinity" in refused(tmp_path / "w.safetensors", small)
+
+
+def test_integers_are_refused(small, state, tmp_path):
+    save_file(state | {"norm.bias": torch.zeros(384, dtype=torch.int8)}, tmp_path / "w.safetensors")
+    assert "norm.bias holds int8" in refused(tmp_path / "w.safetensors", small)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, 20_000, -1])
+def test_truncated_safetensors(kept, small, state, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(state, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert "safetensors" in refused(path, small)
+
+
+@pytest.mark.parametrize("offsets", [[0, 8], [4, 8], [-4, 0], [0, 2**62]])
+def test_lying_safetensors_offsets(offsets, small, tmp_path):
+    header = json.dumps({"embeddings.cls_token": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    assert "is no intact safetensors file" in refused(path, small)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"\0" * 500, b"PK\x03\x04" + b"\0" * 100])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_holds_no_weights(content, suffix, small, tmp_path):
+    (tmp_path / f"w{suffix}").write_bytes(content)
+    refused(tmp_path / f"w{suffix}", small)
+
+
+def test_a_folder_is_refused(small, tmp_path):
+    assert "cannot be read (Is a directory)" in refused(tmp_path, small)
+
+
+def test_weights_of_another_family(small, state, oracle, tmp_path):
+    save_numpy({"visual.trunk.cls_token": np.zeros(3, ml_dtypes.bfloat16)}, tmp_path / "w.safetensors")
+    assert "no tensors as transformers or Meta name them (it begins with visual.trunk.cls" in refused(
+        tmp_path / "w.safetensors", small
+    )
+    torch.save(oracle.efficientnet().state_dict(), tmp_path / "lite.pth")
+    assert "begins with _conv_stem.weight" in refused(tmp_path / "lite.pth", small)
+    save_file(state, tmp_path / "vit.safetensors")
+    assert "no tensors as efficientnet_lite_pytorch" in refused(
+        tmp_path / "vit.safetensors", card("efficientnet-lite0")
+    )
+
+
+def test_positions_of_another_base_are_refused(small, state, write, tmp_path):
+    path = write(tmp_path, state, "meta")
+    changed = torch.load(path, weights_only=True)
+    changed["rope_embed.periods"] = (10_000 ** (torch.arange(16) / 16)).bfloat16()
+    torch.save(changed, path)
+    assert "positions have another base" in refused(path, small)

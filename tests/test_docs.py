@@ -1,0 +1,63 @@
+"""What the documentation shows is true: its commands and its Python run, its links lead somewhere."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from patchmill.benchmarks.inputs import write_histology
+from patchmill.cli import main
+from patchmill.encoders import gate_tiles
+
+TOP = Path(__file__).parents[1]
+README = (TOP / "README.md").read_text(encoding="utf-8")
+PAGES = [TOP / "README.md", TOP / "CONTRIBUTING.md", TOP / "CHANGELOG.md", *sorted((TOP / "docs").glob("*.md"))]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the README's reader has: slides, a tile, labels."""
+    here = tmp_path_factory.mktemp("reader")
+    (here / "slides").mkdir()
+    for name in ("a", "b"):
+        write_histology(here / "slides" / f"{name}.tiff", 6)
+    Image.fromarray(gate_tiles(224)[3]).save(here / "tile.png")
+    with (here / "labels.csv").open("w", newline="") as file:
+        lines = [(f"{name}.tiff", row, ["even", "odd"][row % 2]) for name in "ab" for row in range(30)]
+        csv.writer(file).writerows([("source", "row", "label"), *lines])
+    return here
+
+
+def test_the_commands_run(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    assert len(commands) == 9
+    for command in commands:
+        program, *arguments = shlex.split(command, comments=True)
+        assert program == "patchmill"
+        assert main(arguments) == 0, f"{command}: {capsys.readouterr().err}"
+    with Image.open("hits.png") as picture:
+        assert picture.width > 500
+
+
+def test_the_python_runs(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (example,) = blocks("python")
+    assert len(example.splitlines()) <= 10
+    exec(example, {})
+    outcomes, hits = capsys.readouterr().out.splitlines()
+    assert outcomes.count("complete") == 2
+    assert hits.count("tiff") == 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
