@@ -1,4 +1,4 @@
-"""Runs of `embed` in a process of their own, with the null encoder, so that they can be killed."""
+"""Runs of `embed` in a process of their own, with the null encoder or a real one, so that they can be killed."""
 
 import subprocess
 import sys
@@ -6,19 +6,24 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = """
+REAL = -1  # as a rate: EfficientNet-Lite0 in place of the null encoder
+
+SCRIPT = f"""
 import sys
 from patchmill import EncodeSettings, PlanSettings, RunSettings, embed
-from patchmill.testing.encoders import null_doors
+from patchmill.cluster import Doors
+from patchmill.testing.encoders import null_doors, open_any
 
 archive, rate, workers, *sources = sys.argv[1:]
+real = int(rate) == {REAL}
+encoder, untrained = ("efficientnet-lite0", None) if real else ("null", int(rate))
 report = embed(
     sources,
     archive,
     plan=PlanSettings(tile=64, tissue="none"),
-    encode=EncodeSettings(encoder="null", precision="fp32", untrained=int(rate), pixels=64),
+    encode=EncodeSettings(encoder=encoder, precision="fp32", untrained=untrained, pixels=64),
     run=RunSettings(workers=int(workers), shard_rows=16),
-    doors=null_doors(),
+    doors=Doors(open_slide=open_any) if real else null_doors(),
 )
 for outcome in report.outcomes:
     print(outcome.outcome, outcome.kind, outcome.rows, outcome.path)

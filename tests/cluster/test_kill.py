@@ -11,8 +11,8 @@ import pytest
 from patchmill.archive import Archive, verify
 from patchmill.testing.slides import write_formula
 
-KILLS = 50
 SHARDS = 60  # of 16 rows, so that the work outlasts the kills
+REAL = -1  # see conftest.py
 
 
 def acknowledged(archive):
@@ -41,22 +41,24 @@ def write_slides(folder):
     return slides
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_fifty_kills(tmp_path, start, finish):
-    slides = write_slides(tmp_path)
-    quiet, archive = tmp_path / "quiet", tmp_path / "archive"
-    finish(quiet, *slides)
+def kill_and_resume(folder, start, finish, *, kills, rate, longest):
+    """Kill runs at random instants, `longest` seconds at most after their start, then let one finish; check everything.
+
+    Returns how many of the killed runs had committed something.
+    """
+    slides = write_slides(folder)
+    quiet, archive = folder / "quiet", folder / "archive"
+    finish(quiet, *slides, rate=min(rate, 0))
     # the same site key, so that the two archives have the same ids
-    os.makedirs(tmp_path / "archive.private", mode=0o700)
-    (tmp_path / "archive.private" / "site.key").write_bytes((tmp_path / "quiet.private" / "site.key").read_bytes())
+    os.makedirs(folder / "archive.private", mode=0o700)
+    (folder / "archive.private" / "site.key").write_bytes((folder / "quiet.private" / "site.key").read_bytes())
 
     chance = random.Random(0)
     before: dict = {}
     progress = 0
-    for kill in range(KILLS):
-        child = start(archive, *slides, rate=60)
-        time.sleep(chance.uniform(0.5, 4.0))
+    for kill in range(kills):
+        child = start(archive, *slides, rate=rate)
+        time.sleep(chance.uniform(0.5, longest))
         if kill % 2:
             os.killpg(child.pid, signal.SIGKILL)
         else:  # the driver alone: its workers must end by themselves, and must not write beside the next run
@@ -66,13 +68,25 @@ def test_fifty_kills(tmp_path, start, finish):
         assert before.items() <= after.items(), "a shard was lost or done twice"
         progress += len(after) > len(before)
         before = after
-    assert progress >= 5, "the kills hit nothing; lengthen the runs"
-    outcomes = finish(archive, *slides)
+    outcomes = finish(archive, *slides, rate=rate)
     assert {outcome for outcome, _, _ in outcomes.values()} == {"complete"}
     assert before.items() <= acknowledged(archive).items()
     assert digests(archive) == digests(quiet)
     assert verify(Archive.open(archive)) == []
     assert not list(archive.rglob("*.partial"))
+    return progress
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fifty_kills(tmp_path, start, finish):
+    progress = kill_and_resume(tmp_path, start, finish, kills=50, rate=60, longest=4)
+    assert progress >= 5, "the kills hit nothing; lengthen the runs"
+
+
+@pytest.mark.slow
+def test_kills_of_a_real_encoder(tmp_path, start, finish):
+    assert kill_and_resume(tmp_path, start, finish, kills=6, rate=REAL, longest=9) >= 1
 
 
 @pytest.mark.parametrize("started", ["nanny", "worker", "shard"])
