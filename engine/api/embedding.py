@@ -1,11 +1,13 @@
 """The verb `embed`: sources in, committed embeddings and a report out."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from patchmill import cluster
 from patchmill.archive import Archive, SourceEntry
 from patchmill.cluster import Doors, Event, RunReport, RunSettings
+from patchmill.errors import UsageError
 from patchmill.sources import CatalogEntry, find_sources
 from patchmill.types import EncodeSettings, PlanSettings, SourceRef
 
@@ -31,6 +33,8 @@ def embed(
     doors: other ways to open slides and encoders, for tests. Raises UsageError, EncoderError, ArchiveError or
     NoSpaceError where the run as a whole cannot go on; a source that fails is in the report.
     """
+    if mpp_override is not None and not (math.isfinite(mpp_override) and mpp_override > 0):
+        raise UsageError("--mpp-override", f"{mpp_override:g} is no resolution", "give µm per level-0 pixel, as 0.25")
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     entries = find_sources([Path(each) for each in given])
     target = Archive.create_or_open(Path(archive))

@@ -20,7 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)  # an archive is personal data
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        return app(arguments, prog_name="patchmill", standalone_mode=False) or 0
+        code = app(arguments, prog_name="patchmill", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # what the parser makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
+        return code
     except TyperException as error:  # the parser's own errors
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "patchmill"

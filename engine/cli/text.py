@@ -1,6 +1,7 @@
 """How results read on a terminal."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from patchmill.api import Demo, Finding, Status
 from patchmill.archive import Damage
@@ -95,6 +96,7 @@ def demo_text(demo: Demo) -> str:
     """What the demonstration made, and what to try next."""
     hits = "\n".join(f"  {line}" for line in demo.hits.text().splitlines())
     probe = "\n".join(f"  {line}" for line in demo.probe.text().splitlines())
+    best = demo.hits.hits[0]
     return f"""
 Made from {demo.slide}, {demo.run.rate:.1f} tiles/s on this machine:
   {demo.run.tiles or demo.index.vectors} tiles embedded in {demo.archive}
@@ -107,5 +109,5 @@ This proves the machinery only: a colour rule says nothing about an encoder's wo
 
 Try next:
   patchmill status {demo.archive}
-  patchmill query {demo.archive} --source {demo.slide.name} --at 1100,1500 -k 5 --picture hits2.png
+  patchmill query {demo.archive} --source {Path(best.path).name} --at {best.x + 1},{best.y + 1} -k 5 --picture hits2.png
   patchmill embed YOUR-SLIDES/ --archive my-archive --encoder efficientnet-lite0"""

@@ -89,7 +89,7 @@ class _Run:
             if self._job.encode.precision != "auto":
                 spec = self._job.doors.resolve(self._job.encode)
                 refs, skipped = self._skip_complete(refs, spec)
-                if not refs:
+                if not refs and self._recorded(spec):
                     return self._report(spec, {}, skipped, None, [], "")
             lock = self._archive.private / "workers.lock"
             client = stack.enter_context(local_cluster(self._settings.workers, TASK_THREADS, lock))
@@ -146,6 +146,10 @@ class _Run:
             skipped.append(outcome)
             self._watch(Event("ended", ref.id, outcome=outcome))
         return todo, skipped
+
+    def _recorded(self, spec: EncoderSpec) -> bool:
+        """Whether plan and encoder have their records; damaged ones are withdrawn by `verify`, and made again here."""
+        return self._job.plan.key in self._archive.plans() and spec.key in self._archive.encoders()
 
     def _gated(self, client: Client) -> tuple[EncoderSpec, Mapping[str, Any]]:
         """The encoder, proven on this device: now, or by an earlier run with the same runtime and device."""

@@ -1,7 +1,7 @@
 """From a slide and settings to its plan."""
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float, Float32, Float64
 
 from patchmill.errors import SourceError
 from patchmill.plan.grid import block_order, block_side, starts, to_level_0
@@ -62,7 +62,9 @@ def tissue_fractions(
     x, y: level-0 pixels of the grid's columns and rows. The integral of the mask is linear between the corners of its
     pixels, so interpolating the integral image gives areas, not estimates.
     """
-    down = np.pad(np.cumsum(mask.tissue, axis=0, dtype=np.float64), ((1, 0), (0, 0)))
+    height, width = mask.tissue.shape
+    down = np.zeros((height + 1, width), np.float32)  # counts: exact up to 2^24 rows
+    np.cumsum(mask.tissue, axis=0, dtype=np.float32, out=down[1:])
     strips = (between(down, (y + span) / mask.scale) - between(down, y / mask.scale)) * mask.scale
     across = np.pad(np.cumsum(strips, axis=1), ((0, 0), (1, 0))).T
     areas = (between(across, (x + span) / mask.scale) - between(across, x / mask.scale)).T * mask.scale
@@ -70,7 +72,7 @@ def tissue_fractions(
     return fractions
 
 
-def between(integral: Float64[np.ndarray, "n m"], at: Float64[np.ndarray, " k"]) -> Float64[np.ndarray, "k m"]:
+def between(integral: Float[np.ndarray, "n m"], at: Float64[np.ndarray, " k"]) -> Float64[np.ndarray, "k m"]:
     """Rows of an integral at fractional positions, linearly between the whole ones."""
     at = np.clip(at, 0, len(integral) - 1)
     low = np.minimum(at.astype(np.int64), len(integral) - 2)

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from patchmill.errors import SourceError
 from patchmill.sources.files import failure
 
 __all__ = ["content_fingerprint"]
@@ -24,7 +26,10 @@ def content_fingerprint(path: str, full: bool = False, source: str = "source") -
     digest, total = hashlib.sha256(), 0
     try:
         for name, file in parts(Path(path)):
-            size = os.stat(file).st_size
+            status = os.stat(file)
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe would block for ever
+                raise SourceError(source, "it is no regular file", "name the slide's own file")
+            size = status.st_size
             total += size
             if name:
                 digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))

@@ -5,8 +5,10 @@ Label and macro images ("associated images") are never read: they show patients'
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import cache
+from itertools import pairwise
 from threading import Lock
 
 import numpy as np
@@ -19,7 +21,8 @@ from patchmill.types import Level, SourceRef
 
 __all__ = ["OpenSlideSlide"]
 
-CACHE_BYTES = 64 << 20  # decoded tiles kept per open slide; two rows of blocks of 2,048 px share their seam through it
+CACHE_BYTES = 64 << 20  # decoded tiles kept per process, for all its slides: strips and blocks share seams through it
+STRIP = 256  # rows that are read in one call, so that what OpenSlide and Pillow hold beside the result stays small
 ANISOTROPY = 0.05  # pixels less square than this are refused: one mpp cannot describe them
 KEPT = {  # property of OpenSlide -> our name and type; nothing else of a file's properties is kept
     openslide.PROPERTY_NAME_VENDOR: ("vendor", str),
@@ -46,7 +49,6 @@ class OpenSlideSlide:
         """Open the file. Raises SourceError, or TransientError where trying again may help; both name ref.id."""
         self._ref = ref
         self._lock = Lock()
-        self._cache = openslide.OpenSlideCache(CACHE_BYTES)
         check_readable(ref)
         handle = self._open()
         self._handle: openslide.OpenSlide | None = handle
@@ -72,13 +74,16 @@ class OpenSlideSlide:
         if handle is None:
             raise SourceError(self._ref.id, "it is read after it was closed", "keep it open until the last read")
         downsample = self.levels[level].downsample
-        corner = (math.floor(x * downsample), math.floor(y * downsample))
+        pixels = np.empty((height, width, 3), np.uint8)
         try:
-            image = handle.read_region(corner, level, (width, height))
+            for top, bottom in strips(y, height, whole=not downsample.is_integer()):
+                corner = (math.floor(x * downsample), math.floor(top * downsample))
+                image = handle.read_region(corner, level, (width, bottom - top))
+                lay_on_white(np.asarray(image), pixels[top - y : bottom - y])
         except openslide.OpenSlideError as error:
             self._replace(handle)
             raise self._failed(f"undecodable at level {level}, x {x}, y {y}", error) from error
-        return on_white(np.asarray(image))
+        return pixels
 
     def close(self) -> None:
         """Release the file, at once or as soon as the last running read has returned."""
@@ -88,7 +93,7 @@ class OpenSlideSlide:
     def _open(self) -> openslide.OpenSlide:
         try:
             handle = openslide.OpenSlide(self._ref.path)
-            handle.set_cache(self._cache)
+            handle.set_cache(shared_cache())
         except openslide.OpenSlideUnsupportedFormatError as error:
             wrong = "no reader opens it: not a slide, or cut short"
             raise self._failed(wrong, error) from error
@@ -110,6 +115,21 @@ class OpenSlideSlide:
             return TransientError(self._ref.id, "the file has gone since it was opened", "mount its disk, run again")
         check_readable(self._ref)
         return SourceError(self._ref.id, f"{wrong} ({type(error).__name__})", "check the file or copy it again")
+
+
+@cache
+def shared_cache() -> openslide.OpenSlideCache:
+    """The one cache of this process: its memory does not grow with the number of slides that are open."""
+    return openslide.OpenSlideCache(CACHE_BYTES)
+
+
+def strips(y: int, height: int, *, whole: bool) -> Iterator[tuple[int, int]]:
+    """First row and one past the last of each piece of a read; cut where y is a multiple of STRIP, or not at all.
+
+    whole: a level on which OpenSlide interpolates is read in one piece, else its rows would jump at every cut.
+    """
+    cuts = [] if whole else range((y // STRIP + 1) * STRIP, y + height, STRIP)
+    return pairwise([y, *cuts, y + height])
 
 
 def mpp_of(properties: Mapping[str, str], source: str) -> float:
@@ -144,13 +164,12 @@ def metadata_of(properties: Mapping[str, str], levels: int) -> dict[str, str | i
     return kept
 
 
-def on_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB, contiguous, of straight (not premultiplied) RGBA laid on white; opaque pixels keep their exact values."""
-    rgb = np.ascontiguousarray(rgba[..., :3])
+def lay_on_white(rgba: UInt8[np.ndarray, "h w 4"], rgb: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Write straight (not premultiplied) RGBA, laid on white, into `rgb`; opaque pixels keep their exact values."""
+    rgb[:] = rgba[..., :3]
     alpha = rgba[..., 3]
     if alpha.min(initial=255) == 255:
-        return rgb
+        return
     see_through = alpha < 255
     a = alpha[see_through].astype(np.uint16)[:, None]
     rgb[see_through] = (rgb[see_through] * a + 255 * (255 - a) + 127) // 255
-    return rgb

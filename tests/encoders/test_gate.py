@@ -295,6 +295,6 @@ def test_tiles_are_the_same_32_pictures_at_every_size(pixels):
 def test_tiles_have_something_to_tell_apart():
     tiles = gate_tiles(224).astype(np.int64)
     assert (tiles.std(axis=(1, 2)).max(axis=1) > 8).all()
-    for axis in (1, 2):
-        steps = np.abs(np.diff(tiles, axis=axis)).mean(axis=(0, 3, 3 - axis))
-        assert steps[[0, -1]].max() < 2 * steps.mean()  # no tile reaches over into its neighbour in the mosaic
+    down, across = (np.abs(np.diff(tiles, axis=axis)).mean(axis=(0, 3, 3 - axis)) for axis in (1, 2))
+    # As smooth down as across, and at the edges as inside: no tile reaches over into its neighbour in the mosaic.
+    assert max(down.max(), across.max()) < 3 * min(down.min(), across.min())

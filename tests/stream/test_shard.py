@@ -192,8 +192,8 @@ def test_every_commit_says_how_its_rows_were_made(archive):
 
 @pytest.mark.parametrize(("overlap", "mpp"), [(0, 0.5), (16, 0.5), (0, 0.3)])
 def test_pixels_read_are_those_asked_of_the_slide_and_covered_those_of_the_tiles(archive, overlap, mpp):
-    slide = Counting(640, 480, mpp=mpp, disc=0.6)
-    source = laid_out(archive, slide, replace(NONE, overlap=overlap), shard_rows=32)
+    slide = Counting(4500, 160, mpp=mpp, disc=0.6)
+    source = laid_out(archive, slide, replace(NONE, overlap=overlap), shard_rows=256)
     slide.rectangles.clear()
     with batching(NullEncoder(32)) as batcher:
         for shard in source.shards:

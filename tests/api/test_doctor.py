@@ -1,0 +1,96 @@
+"""What doctor finds: nothing wrong here, and everything that would be wrong elsewhere."""
+
+import sys
+
+import pytest
+
+from patchmill import api
+from patchmill.api import diagnosis
+
+HERE = dict.fromkeys(diagnosis.NEEDED, "1.0")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Makes these distributions the installed ones, and gives what is found wrong then, by name."""
+
+    def wrong(found: dict[str, str]) -> dict[str, api.Finding]:
+        monkeypatch.setattr(diagnosis, "installed", lambda: found)
+        return {finding.name: finding for finding in api.doctor() if finding.state == "wrong"}
+
+    return wrong
+
+
+def test_nothing_is_wrong_here():
+    findings = api.doctor()
+    assert [finding for finding in findings if finding.state == "wrong"] == []
+    assert {*diagnosis.NEEDED, "python", "OpenSlide library", "providers"} <= {finding.name for finding in findings}
+    assert all(finding.text and "\n" not in finding.text + finding.do for finding in findings)
+
+
+def test_every_encoder_is_found_or_says_how_to_get_it():
+    findings = {finding.name: finding for finding in api.doctor()}
+    for card in api.list_encoders():
+        assert findings[card.name].state == ("ok" if card.weights else "note")
+        assert card.found in findings[card.name].text + findings[card.name].do
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("onnxruntime", ["onnxruntime", "onnxruntime-gpu"]),
+        ("onnxruntime", ["onnxruntime-gpu", "onnxruntime-openvino"]),
+        ("faiss", ["faiss-cpu", "faiss-gpu-cuvs"]),
+    ],
+)
+def test_two_builds_of_one_module_are_wrong_and_both_are_named(installed, module, names):
+    wrong = installed({**HERE, **dict.fromkeys(names, "1.0")})
+    assert module in wrong
+    text = wrong[module].text + wrong[module].do
+    assert all(name in text.split() or f"{name}," in text.split() for name in names)
+    assert "pip uninstall" in wrong[module].do
+
+
+def test_one_build_is_enough_whichever_it_is(installed):
+    others = {name: "1.0" for name in HERE if name != "onnxruntime"}
+    assert installed({**others, "onnxruntime-gpu": "1.0"}) == {}
+
+
+@pytest.mark.parametrize("name", diagnosis.NEEDED)
+def test_a_missing_package_is_named(installed, name):
+    wrong = installed({other: "1.0" for other in HERE if other != name})
+    assert wrong.keys() == {name}
+    assert "not installed" in wrong[name].text
+    assert wrong[name].do
+
+
+def test_two_owners_of_patchmill_are_named(monkeypatch):
+    owners = {"patchmill": ["patchmill", "patchmill-fork", "patchmill"]}
+    monkeypatch.setattr(diagnosis, "packages_distributions", lambda: owners)
+    (finding,) = [finding for finding in api.doctor() if finding.state == "wrong"]
+    assert "patchmill, patchmill-fork" in finding.text
+    assert finding.do == "uninstall all but one"
+
+
+def test_an_openslide_that_cannot_be_loaded_is_wrong(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)  # as if its import failed
+    (finding,) = [finding for finding in api.doctor() if finding.state == "wrong"]
+    assert (finding.name, finding.do) == ("OpenSlide library", "pip install openslide-bin")
+
+
+def test_a_gpu_that_this_runtime_cannot_use_is_noted(monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: f"/usr/bin/{name}")
+    (finding,) = [finding for finding in api.doctor() if finding.name == "GPU"]
+    assert finding.state == "note"
+    assert finding.do
+
+
+def test_a_full_temporary_folder_is_noted(monkeypatch):
+    usage = diagnosis.shutil.disk_usage("/")
+    monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    (finding,) = [finding for finding in api.doctor() if finding.name == "temporary folder"]
+    assert (finding.state, finding.text) == ("note", "1 MiB free")
+    assert "TMPDIR" in finding.do

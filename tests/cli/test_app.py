@@ -1,0 +1,253 @@
+"""The command line: help, wrong usage, JSON, exit codes, and the main job from end to end."""
+
+import json
+import shlex
+from functools import partial
+
+import pytest
+import typer
+from openslide import OpenSlide
+from PIL import Image
+
+from patchmill import RunSettings, api
+from patchmill.api import demonstration
+from patchmill.cli.app import app
+from patchmill.errors import EncoderError, NoSpaceError, SourceError
+from patchmill.testing.slides import FormulaSlide, write_pyramid
+
+
+def verbs(command, path=()):
+    """Every verb and subverb with its parser."""
+    for name, child in getattr(command, "commands", {}).items():
+        yield (*path, name), child
+        yield from verbs(child, (*path, name))
+
+
+ROOT = typer.main.get_command(app)
+VERBS = {" ".join(path): parser for path, parser in verbs(ROOT)}
+LEAVES = [name for name, parser in VERBS.items() if not hasattr(parser, "commands")]
+
+
+def test_every_verb_of_the_design_is_there():
+    assert {"embed", "status", "verify", "index", "query", "encoders", "doctor", "demo"} <= VERBS.keys()
+    assert {"probe knn", "bench"} <= VERBS.keys()
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_exits_0_and_goes_to_stdout(patchmill, verb):
+    ran = patchmill(*verb.split(), "--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith(f"Usage: patchmill {verb}".strip())
+
+
+def test_no_argument_at_all_shows_the_help(patchmill):
+    assert patchmill() == patchmill("--help")
+
+
+@pytest.mark.parametrize("verb", LEAVES)
+def test_help_ends_with_an_example_that_the_parser_takes(patchmill, verb):
+    *_, example = " ".join(patchmill(*verb.split(), "--help").out.split()).partition("Example: patchmill ")
+    words = shlex.split(example)
+    assert words[: len(verb.split())] == verb.split()
+    VERBS[verb].make_context(verb, words[len(verb.split()) :])  # raises for what it does not know or misses
+
+
+@pytest.mark.parametrize("verb", LEAVES)
+def test_every_verb_takes_json(verb):
+    assert "--json" in {option for parameter in VERBS[verb].params for option in parameter.opts}
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("bogus", "'bogus'"),
+        ("--bogus", "--bogus"),
+        ("status", "'ARCHIVE'; see patchmill status --help"),
+        ("status one two", "two"),
+        ("status A --bogus", "--bogus; see patchmill status --help"),
+        ("probe", "see patchmill probe --help"),
+        ("probe bogus A", "'bogus'"),
+        ("probe knn A", "'--labels'"),
+        ("embed --archive A", "'SRC...'"),
+        ("embed a.tif", "'--archive'"),
+        ("embed a.tif --archive", "--archive"),
+        ("embed a.tif --archive A --precision int7", "'int7' is not one of 'auto', 'fp32', 'fp16', 'int8'"),
+        ("embed a.tif --archive A --mpp half", "'--mpp'"),
+        ("embed a.tif --archive A --mpp 0", "--mpp: 0.0 µm per pixel is out of range; use 0.01 to 1000"),
+        ("embed a.tif --archive A --tile 8", "--tile: 8 px is out of range; use 16 to 8192"),
+        ("embed a.tif --archive A --overlap 224", "--overlap: 224 px, but a tile has 224; use 0 to tile - 1"),
+        ("embed a.tif --archive A --min-tissue 2", "--min-tissue: 2.0 is no fraction; use 0 to 1"),
+        ("embed a.tif --archive A --mpp-override 0", "--mpp-override: 0 is no resolution; give µm"),
+        ("embed a.tif --archive A --mpp-override nan", "--mpp-override: nan is no resolution; give µm"),
+        ("embed a.tif --archive A --workers -1", "--workers: -1 processes cannot be started; use 0 or more"),
+        ("embed a.tif --archive A --batch 0", "--batch: 0 tiles are no batch; use 1 or more"),
+        ("embed a.tif --archive A --threads 0", "--threads: 0 cores"),
+        ("embed a.tif --archive A --encoder resnet", "'resnet'; use one of dinov3-vitb16, "),
+        ("embed a.tif --archive no/such/folder/A", "the folder it is to lie in does not exist; make that folder"),
+        ("embed nothing-here --archive A", "nothing-here: there is no such file or folder; check the path"),
+        ("embed *.svs --archive A", "*.svs: nothing matches; check the pattern and quote it"),
+        ("embed . --archive A", ".: no slide is in this folder; slides end in "),
+        ("status nowhere", "nowhere: it is no archive; run `patchmill embed"),
+        ("query A", "query: one thing to search for is needed; give --image FILE, or --source ID --at X,Y"),
+        ("query A --image a.png --source a.tif --at 1,1", "query: one thing to search for is needed"),
+        ("query A --source a.tif", "query: one thing to search for is needed"),
+        ("query A --source a.tif --at 5", "--at: '5' is no place; write X,Y in level-0 pixels"),
+        ("encoders --check resnet", "no encoder is called 'resnet'; use one of dinov3-vitb16, "),
+        ("demo taken", "taken: this folder cannot be made (FileExistsError); name another one"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_says_what_to_do_and_exit_2(patchmill, tmp_path, monkeypatch, command, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    ran = patchmill(*command.split())
+    assert ran.code == 2
+    assert says in ran.line
+
+
+def test_missing_weights_name_the_licence_and_the_encoder_that_needs_none(patchmill, slides, tmp_path, monkeypatch):
+    monkeypatch.delenv("PATCHMILL_WEIGHTS", raising=False)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "no-hub"))
+    ran = patchmill("embed", slides, "--archive", tmp_path / "archive", "--workers", 0)
+    assert ran.code == 2
+    assert "DINOv3 License" in ran.line
+    assert "use --encoder efficientnet-lite0" in ran.line
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (EncoderError("dinov3", "is\nrefused", "do this"), 2, "patchmill: dinov3: is refused; do this"),
+        (SourceError("a.svs", "is odd", "leave it out"), 2, "patchmill: a.svs: is odd; leave it out"),
+        (NoSpaceError("A", "is full", "free space"), 1, "patchmill: A: is full; free space"),
+        (KeyboardInterrupt(), 130, "patchmill: stopped; all that was acknowledged is kept"),
+    ],
+)
+def test_what_ends_a_command_is_one_line_and_an_exit_code(patchmill, monkeypatch, error, code, says):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "status", fail)
+    ran = patchmill("status", "A")
+    assert ran.code == code
+    assert ran.line.startswith(says)
+
+
+def write_labels(path, rows):
+    lines = [f"{name}.tif,{row},{label},{split}\n" for name, row, label, split in rows]
+    path.write_text("source,row,label,split\n" + "".join(lines))
+
+
+def test_the_main_job_from_end_to_end(patchmill, embed, slides, tmp_path):
+    archive, picture, tile, labels = (tmp_path / name for name in ("archive", "hits.png", "tile.png", "labels.csv"))
+
+    ran = embed(archive, slides)
+    assert ran.code == 0
+    assert ran.out.startswith("2 sources: 2 complete, 0 empty, 0 failed, 0 transient\n43 tiles in ")
+    assert sorted(line.split(" at ")[0] for line in ran.err.splitlines()) == ["a.tif: 22 tiles", "b.tif: 21 tiles"]
+
+    ran = patchmill("status", archive)
+    assert (ran.code, ran.err) == (0, "")
+    assert "2 sources complete, 0 of them empty, 43 tiles, 0 unreadable; 0 sources under way" in ran.out
+
+    ran = patchmill("verify", archive)
+    assert (ran.code, ran.out, ran.err) == (0, "every byte is as it was written\n", "")
+
+    ran = patchmill("index", archive)
+    assert (ran.code, ran.err) == (0, "")
+    assert "43 vectors of 2 sources" in ran.out
+
+    ran = patchmill("query", archive, "--source", "a.tif", "--at", "600,600", "-k", 3, "--picture", picture)
+    assert (ran.code, ran.err) == (0, "")
+    assert [line.split()[0] for line in ran.out.splitlines()[1:]] == ["1", "2", "3"]
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 100
+
+    with OpenSlide(slides / "a.tif") as slide:
+        slide.read_region((448, 448), 0, (224, 224)).convert("RGB").save(tile)
+    ran = patchmill("query", archive, "--image", tile, "-k", 1)
+    assert (ran.code, ran.err) == (0, "")
+    (hit,) = ran.out.splitlines()[1:]
+    assert hit.endswith(f"{slides / 'a.tif'}  x 448, y 448")
+    assert float(hit.split()[1]) > 0.999
+
+    rows = [(name, row, name, ("train", "test")[row % 2]) for name in "ab" for row in range(20)]
+    write_labels(labels, rows)
+    ran = patchmill("probe", "knn", archive, "--labels", labels, "-k", 1, "-k", 5)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith("kNN probe of 40 tiles from 2 sources, labelled by tiles: a 20, b 20\n")
+
+
+def test_a_second_embed_skips_what_is_complete(embed, slides, archive, tmp_path):
+    write_pyramid(tmp_path / "c.tif", FormulaSlide(900, 900, seed=9))
+    ran = embed(archive, slides, tmp_path / "c.tif", "--json")
+    outcomes = {outcome["path"].rsplit("/", 1)[1]: outcome for outcome in json.loads(ran.out)["outcomes"]}
+    assert {name: outcome["skipped"] for name, outcome in outcomes.items()} == {
+        "a.tif": True,
+        "b.tif": True,
+        "c.tif": False,
+    }
+    assert {outcome["outcome"] for outcome in outcomes.values()} == {"complete"}
+    assert {outcomes[name]["embedded"] for name in ("a.tif", "b.tif")} == {0}
+    assert "a.tif: 22 tiles, complete before" in ran.err
+
+
+def test_json_is_one_object_on_stdout_and_nothing_else(patchmill, embed, slides, archive, tmp_path):
+    labels = tmp_path / "labels.csv"
+    write_labels(labels, [("a", row, row % 3 > 0, ("train", "test")[row % 2]) for row in range(20)])
+    write_pyramid(tmp_path / "c.tif", FormulaSlide(900, 900, seed=9))
+    results = {
+        "run": embed(archive, slides, tmp_path / "c.tif", "--json"),
+        "holdings": patchmill("status", archive, "--json"),
+        "damage": patchmill("verify", archive, "--json"),
+        "vectors": patchmill("index", archive, "--json"),
+        "hits": patchmill("query", archive, "--source", "a.tif", "--at", "600,600", "--json"),
+        "labels_of": patchmill("probe", "knn", archive, "--labels", labels, "-k", 3, "--json"),
+        "encoders": patchmill("encoders", "--json"),
+        "findings": patchmill("doctor", "--json"),
+    }
+    for key, ran in results.items():
+        assert ran.code == 0, ran.err
+        value = json.loads(ran.out)
+        assert isinstance(value, dict)
+        assert key in value, list(value)
+        assert ran.out == json.dumps(value) + "\n"
+    assert results["run"].err
+    assert str(tmp_path) not in results["hits"].out  # what a program passes on names ids
+
+
+def test_encoders_lists_all_and_says_where_weights_are_or_how_to_get_them(patchmill):
+    ran = patchmill("encoders")
+    assert (ran.code, ran.err) == (0, "")
+    for card in api.list_encoders():
+        assert f"{card.name}: " in ran.out
+        assert card.found in ran.out
+
+
+def test_check_proves_one_encoder(patchmill):
+    ran = patchmill("encoders", "--check", "efficientnet-lite0", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    assert json.loads(ran.out)["passed"] is True
+
+
+def test_the_demonstration_and_the_commands_that_it_proposes(patchmill, slides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demonstration, "embed", partial(api.embed, run=RunSettings(workers=0)))
+    ran = patchmill("demo", "shown", "--slide", slides / "a.tif")
+    assert ran.code == 0
+    assert [line for line in ran.err.splitlines() if "tiles" not in line][:2] == ["embed", "index"]
+    assert "22 tiles embedded in shown/archive" in ran.out
+    proposed = [line.split()[1:] for line in ran.out.partition("Try next:")[2].splitlines() if "YOUR-" not in line]
+    assert [command[0] for command in proposed if command] == ["status", "query"]
+    for command in proposed:
+        if command:
+            assert patchmill(*command).code == 0
+    assert (tmp_path / "hits2.png").exists()
+
+    ran = patchmill("demo", "shown", "--slide", slides / "a.tif", "--json")
+    assert ran.code == 0
+    value = json.loads(ran.out)
+    assert ran.out == json.dumps(value) + "\n"
+    assert value["picture"] == "shown/hits.png"
+    assert value["run"]["tiles"] == 0
