@@ -127,13 +127,33 @@ def _first_that_passes(
     refused = ""
     for precision, why in plan:
         spec = resolve(replace(settings, precision=precision))
-        encoder = CpuEncoder(spec, _graph(spec, weights), settings.threads)
-        report = judge(encoder, reference, why + refused)
+        try:
+            encoder, report = _judged(spec, weights, reference, settings.threads, why + refused)
+        except EncoderError as error:  # the runtime will not have this graph, or fails over it
+            if precision == plan[-1][0]:
+                raise
+            refused = f", {precision} was refused: {error.wrong}"
+            continue
         if report.passed:
             return encoder, report
         encoder.close()
         refused = f", {precision} was refused: {report.text()}"
     raise refusal(report)
+
+
+def _judged(
+    spec: EncoderSpec,
+    weights: Mapping[str, np.ndarray],
+    reference: Mapping[str, np.ndarray],
+    threads: int | None,
+    why: str,
+) -> tuple[CpuEncoder, GateReport]:
+    encoder = CpuEncoder(spec, _graph(spec, weights), threads)
+    try:
+        return encoder, judge(encoder, reference, why)
+    except EncoderError:
+        encoder.close()
+        raise
 
 
 def _precisions_to_try(settings: EncodeSettings) -> list[tuple[Precision, str]]:

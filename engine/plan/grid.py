@@ -10,7 +10,7 @@ from jaxtyping import Float64, Int32, Int64
 
 __all__ = ["block_order", "cells_of", "level_pixels", "starts", "to_level_0"]
 
-BLOCK_PIXELS = 2048  # aimed at per side of a block, in pixels of the level: 12 MiB of RGB
+BLOCK_PIXELS = 1536  # aimed at per side of a block, in pixels of the level: 7 MiB of RGB
 
 
 def starts(size: int, step: float, extent: float) -> Int64[np.ndarray, " n"]:

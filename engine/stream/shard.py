@@ -30,6 +30,7 @@ def embed_shard(
             for first, out in batcher.slots(opened, block.start - shard.start, block.stop - block.start, clock):
                 with clock.stage("resample"):
                     pack(pixels, block.origins[first : first + len(out)], plan.extent, out)
+            del pixels  # before the next block is read, not after
         with clock.stage("encode"):
             batcher.wait(opened)
         vectors = opened.vectors

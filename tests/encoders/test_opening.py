@@ -357,3 +357,24 @@ def test_the_report_and_the_vectors_are_those_of_the_settings(two_blocks, writte
     for encoder in (gated, plain):
         assert encoder.provenance["threads"] == "2"
         encoder.close()
+
+
+class FailsOverInt8(CpuEncoder):
+    """A runtime that takes int8 graphs and then fails over them."""
+
+    def __call__(self, pixels):
+        if self.spec.precision == "int8":
+            raise EncoderError(self.spec.name, "the runtime failed (Fail)", "try fp32")
+        return super().__call__(pixels)
+
+
+def test_auto_goes_on_where_the_runtime_fails_and_says_so(two_blocks, monkeypatch, small_weights, written):
+    monkeypatch.setattr(opening, "CpuEncoder", FailsOverInt8)
+    before = threads_of_encoders()
+    encoder, report = open_gated(written(small_weights))
+    assert threads_of_encoders() - before == 2
+    encoder.close()
+    assert encoder.spec.precision == "fp32"
+    assert report.why == "the next that passes the gate, int8 was refused: the runtime failed (Fail)"
+    assert "the runtime failed" in refused(open_gated, written(small_weights, "int8"))
+    assert threads_of_encoders() == before

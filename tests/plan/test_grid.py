@@ -45,7 +45,7 @@ def test_block_order_equals_its_definition(columns, rows, block):
     assert list(zip(column[order].tolist(), row[order].tolist(), strict=True)) == slow
 
 
-@pytest.mark.parametrize(("step", "side"), [(1.0, 2048), (224.0, 9), (224.5, 9), (2048.0, 1), (2049.0, 1), (9e9, 1)])
+@pytest.mark.parametrize(("step", "side"), [(1.0, 1536), (224.0, 6), (256.5, 5), (1536.0, 1), (1537.0, 1), (9e9, 1)])
 def test_block_side(step, side):
     assert block_side(step) == side
 

@@ -86,7 +86,7 @@ def test_blocks_hold_every_row_once_and_give_the_same_tiles(downsamples, target,
         assert np.array_equal(block.origins + np.array([block.x, block.y]), held)
         assert 0 <= block.x <= block.x + block.width <= level.width
         assert 0 <= block.y <= block.y + block.height <= level.height
-        assert max(block.width, block.height) <= 2048 + 2 * side
+        assert max(block.width, block.height) <= 1536 + 2 * side
         together = np.empty((len(held), 48, 48, 3), np.uint8)
         pack(slide.read(block.level, block.x, block.y, block.width, block.height), block.origins, plan.extent, together)
         alone = np.empty((1, 48, 48, 3), np.uint8)
@@ -99,11 +99,11 @@ def test_blocks_hold_every_row_once_and_give_the_same_tiles(downsamples, target,
 
 def test_a_block_ends_where_the_grid_of_blocks_does():
     plan = whole_grid(FormulaSlide(6000, 5000, 0.5), tile=224)
-    assert plan.block == 9
+    assert plan.block == 6
     sizes = [block.stop - block.start for block in blocks(plan, 0, plan.rows)]
-    assert sizes == [81, 81, 8 * 9, 81, 81, 8 * 9, 36, 36, 32]
+    assert sizes == [*3 * [36, 36, 36, 36, 2 * 6], 24, 24, 24, 24, 2 * 4]
     cut = [(block.start, block.stop) for block in blocks(plan, 70, 100)]
-    assert cut == [(70, 81), (81, 100)]
+    assert cut == [(70, 72), (72, 100)]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 2), (0, 10**6)])
