@@ -16,6 +16,7 @@ from patchmill.benchmarks.record import Record, in_turns, machine, row, versions
 from patchmill.encoders import open_encoder
 from patchmill.encoders.cards import ViT, card
 from patchmill.encoders.session import available_cores
+from patchmill.errors import UsageError
 from patchmill.types import EncodeSettings, PlanSettings
 
 __all__ = ["SIZES", "bench_encoder", "gflop"]
@@ -40,6 +41,9 @@ def bench_encoder(
     inputs: slides that the tiles are cut from; histology that ships with the package by default. batch: tiles per
     call, for both. threads: cores, for both. Speed does not depend on the weights' values, quality is not measured.
     """
+    for name in sizes:
+        if not isinstance(card(name).architecture, ViT):
+            raise UsageError("--size", f"{name} is no DINOv3 ViT", f"use {', '.join(SIZES)}")
     threads = threads or available_cores()
     with TemporaryDirectory() as folder:
         tiles = tiles_of(slides_of(list(inputs), Path(folder), 8), batch, PlanSettings())

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from patchmill.benchmarks.record import Record, Row, machine, row, versions
+from patchmill.errors import UsageError
 from patchmill.testing.pyramids import write_pyramid
 from patchmill.testing.slides import FormulaSlide
 
@@ -34,13 +35,13 @@ def bench_memory(inputs: Sequence[Path] = (), *, sides: Sequence[int] = SIDES, r
     process; the figure is the sum of both peaks.
     """
     with TemporaryDirectory() as folder:
-        slides = {path.name: path for path in inputs} or {
+        slides = {str(path): path for path in inputs} or {
             f"{side} x {side} px": _pyramid(Path(folder), side) for side in sides
         }
         peaks: dict[str, list[float]] = {name: [] for name in slides}
         for turn in range(rounds):
-            for name, path in slides.items():
-                found = peak_of_embed(path, Path(folder) / f"archive-{name.replace(' ', '')}-{turn}")
+            for number, (name, path) in enumerate(slides.items()):
+                found = peak_of_embed(path, Path(folder) / f"archive-{turn}-{number}")
                 peaks[name].append((found["worker"] + found["driver"]) / 2**20)
                 print(f"{name}: {found}", file=sys.stderr, flush=True)
     first = next(iter(peaks))
@@ -54,7 +55,10 @@ def bench_memory(inputs: Sequence[Path] = (), *, sides: Sequence[int] = SIDES, r
 def peak_of_embed(slide: Path, archive: Path) -> dict[str, int]:
     """Peak bytes of the worker and of the driver of one run, and its tiles."""
     command = [sys.executable, "-c", RUN, str(archive), str(slide)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UsageError("--input", f"{slide} cannot be embedded ({last})", "name another slide")
     peaks: dict[str, int] = json.loads(done.stdout)
     return peaks
 

@@ -10,6 +10,7 @@ from patchmill.benchmarks.inputs import slides_of, tiles_of
 from patchmill.benchmarks.record import Record, in_turns, machine, row, versions
 from patchmill.cluster import Doors, RunReport, RunSettings
 from patchmill.encoders import open_encoder
+from patchmill.errors import UsageError
 from patchmill.testing.encoders import null_doors
 from patchmill.types import EncodeSettings, PlanSettings
 
@@ -51,6 +52,9 @@ def bench_pipeline(
                     report = api.embed(
                         slides, Path(place) / "archive", encode=encode, run=RunSettings(workers=1), doors=doors
                     )
+                for outcome in report.outcomes:
+                    if outcome.outcome != "complete":
+                        raise UsageError("--input", f"{outcome.path} is {outcome.outcome}", "name another slide")
                 reports[name] = report
                 return report.rate
 

@@ -102,7 +102,9 @@ def _providers() -> Iterator[Finding]:
     providers = onnxruntime.get_available_providers()
     yield Finding("providers", "ok", ", ".join(providers))
     if "CUDAExecutionProvider" not in providers and shutil.which("nvidia-smi"):
-        yield Finding("GPU", "note", "there is one, but ONNX Runtime here is the CPU build", "see the README, 'GPU'")
+        yield Finding(
+            "GPU", "note", "there is one, but this ONNX Runtime is the CPU build", "see the README, 'Install'"
+        )
 
 
 def _weights() -> Iterator[Finding]:

@@ -96,9 +96,10 @@ def demo_text(demo: Demo) -> str:
     """What the demonstration made, and what to try next."""
     hits = "\n".join(f"  {line}" for line in demo.hits.text().splitlines())
     probe = "\n".join(f"  {line}" for line in demo.probe.text().splitlines())
+    rate = f"{demo.run.rate:.1f} tiles/s on this machine" if demo.run.tiles else "embedded by an earlier run"
     best = demo.hits.hits[0]
     return f"""
-Made from {demo.slide}, {demo.run.rate:.1f} tiles/s on this machine:
+Made from {demo.slide}, {rate}:
   {demo.run.tiles or demo.index.vectors} tiles embedded in {demo.archive}
   an index of {demo.index.vectors} vectors
   {demo.picture}: the tiles that look most like the one richest in haematoxylin

@@ -24,6 +24,7 @@ __all__ = ["Driver", "Event"]
 
 DEATHS = 2  # worker processes that a source may take down before it is quarantined
 ATTEMPTS = 2  # of a source whose error may pass
+MOST_LOST = 20  # tasks of a source that may be lost with workers that it cannot have killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class _Work:
     ref: SourceRef
     suspect: bool = False
     deaths: int = 0
+    lost: int = 0  # tasks that had not begun when their worker died
     attempt: int = 1
     planned: Planned | None = None
     pending: deque[Shard] = field(default_factory=deque)
@@ -220,6 +222,10 @@ class Driver:
             quarantine = work.deaths >= DEATHS
             work.suspect = True
             work.trouble = ("failed", "quarantined", QUARANTINED) if quarantine else ("again", "death", "")
+            return
+        work.lost += 1
+        if work.lost > MOST_LOST:
+            work.trouble = ("transient", "death", LOST)
         elif task.shard is not None:
             work.pending.appendleft(task.shard)
         elif task.kind == "plan":
@@ -256,6 +262,8 @@ class Driver:
         )
         self.outcomes.append(ended)
         self._journal.log("outcome", **ended.stored())
+        if work.suspect:
+            self._journal.forget(work.ref.id)
         self._watch(Event("ended", work.ref.id, outcome=ended))
 
 
@@ -267,6 +275,7 @@ def _outcome_of(future: Future[Any]) -> tuple[Any, Exception | None]:
         return None, error
 
 
+LOST = "worker processes die before they begin with it; see what ends them (memory?), then run again"
 QUARANTINED = (
     f"{DEATHS} worker processes died while it was open; check the file, then run again with --retry-quarantined"
 )

@@ -81,6 +81,11 @@ class Journal:
         """Forget that a task had a source open."""
         (self.folder / "open" / f"{source}.{task}").unlink(missing_ok=True)
 
+    def forget(self, source: str) -> None:
+        """Remove the marks that runs before this one left of a source; its outcome is in the log now."""
+        for marker in self.folder.parent.glob(f"*/open/{source}.*"):
+            marker.unlink(missing_ok=True)
+
 
 def _split(marker: str) -> tuple[str, str]:
     source, _, task = marker.partition(".")

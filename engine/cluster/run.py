@@ -1,15 +1,16 @@
 """One run of `embed`, from start to report: lock, encoder, workers, driver, records."""
 
 import getpass
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from distributed import Client
+from distributed import Client, KilledWorker
 
 from patchmill import stream
 from patchmill.archive import Archive
@@ -18,13 +19,23 @@ from patchmill.cluster.journal import Journal, deaths_so_far, left_open
 from patchmill.cluster.local import local_cluster
 from patchmill.cluster.report import STAGES, RunReport, SourceOutcome
 from patchmill.cluster.tasks import PROGRESS, Doors, Job, gate_encoder
-from patchmill.errors import PatchmillError, UsageError
+from patchmill.errors import EncoderError, PatchmillError, UsageError
 from patchmill.types import EncoderSpec, EncodeSettings, PlanSettings, SourceRef
 
 __all__ = ["RunSettings", "run"]
 
 TASK_THREADS = 3  # shards under way per worker: two that read while one waits for its last vectors or writes
-PACKAGES = ("patchmill", "numpy", "onnx", "onnxruntime", "zarr", "dask", "openslide-python", "openslide-bin")
+PACKAGES = (
+    "patchmill",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "zarr",
+    "dask",
+    "openslide-python",
+    "openslide-bin",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +170,14 @@ class _Run:
             known = [
                 gate for record in self._archive.encoders().values() if record.spec.key == key for gate in record.gates
             ]
-        gated = client.submit(gate_encoder, self._job, known, key=f"gate-{self._journal.run}", pure=False).result()
+        task = client.submit(gate_encoder, self._job, known, key=f"gate-{self._journal.run}", pure=False)
+        try:
+            gated = task.result()
+        except KilledWorker as error:
+            wrong = "the worker process died while it opened the encoder"
+            raise EncoderError(
+                self._job.encode.encoder, wrong, "check the memory, or take a smaller encoder"
+            ) from error
         if gated.fresh:
             self._archive.add_encoder(gated.spec, gated.gate)
         self._job = replace(self._job, encode=replace(self._job.encode, precision=gated.spec.precision))
@@ -213,14 +231,31 @@ class _Run:
             stages={stage: driver.stages[stage] / task_seconds if driver and task_seconds else 0.0 for stage in STAGES},
             decoded=driver.pixels_read / covered if driver and covered else 0.0,
             peak_bytes=int(max((figure["peak_bytes"] for figure in figures), default=0)),
-            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            versions={"python": platform.python_version(), **_versions()},
             stopped=stopped,
             redone=driver.redone if driver else 0,
             started=self._started,
-            user=getpass.getuser(),
+            user=_user(),
         )
         self._journal.report(report.as_dict(paths=False))
         return report
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed: of the two builds of ONNX Runtime it is one."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _user() -> str:
+    """The user's name; the number where the system knows no name, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid())
 
 
 def _check_plan(archive: Archive, plan: PlanSettings, allowed: bool) -> None:

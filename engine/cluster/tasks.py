@@ -136,11 +136,12 @@ def _plan_now(store: SourceStore, job: Job, ref: SourceRef) -> Plan:
 
 def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
     """Embed and commit one shard. Raises SourceError, or EncoderError if the encoder stopped."""
+    # Before the mark: a worker that dies while it opens the encoder, for want of memory say, is no fault of the source.
+    batcher, provenance = stream.batcher_for(job.encode, job.doors.open_encoder, _progress())
     with opened(Path(job.run), ref.id, str(shard.start)):
         store = Archive.open(job.archive).source(ref.id)
         if store.acknowledged(shard):  # by a task whose answer was lost with its worker
             return ShardResult(shard=shard, seconds={}, pixels_read=0, pixels_covered=0)
-        batcher, provenance = stream.batcher_for(job.encode, job.doors.open_encoder, _progress())
         slide = job.doors.open_slide(ref)
         try:
             return stream.embed_shard(

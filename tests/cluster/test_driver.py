@@ -1,14 +1,17 @@
 """Crashes cost their source, errors stay with theirs, and nothing listens beyond loopback."""
 
 import json
+import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 
 from patchmill import EncodeSettings, PlanSettings, RunSettings, embed
 from patchmill.archive import Archive
-from patchmill.errors import UsageError
+from patchmill.errors import EncoderError, UsageError
 from patchmill.testing.encoders import null_doors
 from patchmill.testing.slides import write_formula
 
@@ -22,6 +25,10 @@ def run(archive, *sources, tile=64, workers=0, new_plan=False, shard_rows=16, **
         run=RunSettings(workers=workers, shard_rows=shard_rows, new_plan=new_plan),
         doors=null_doors(),
     )
+
+
+def die(settings):
+    os._exit(1)
 
 
 def slides(folder, **parameters):
@@ -140,3 +147,31 @@ def test_workers_shards_and_order_change_no_byte(tmp_path):
             rows[ref.path] = store.read(*pair, "mean")[0].tobytes()
         vectors.append(rows)
     assert all(each == vectors[0] for each in vectors)
+
+
+def test_marks_of_a_killed_run_are_forgotten_once_their_source_has_an_outcome(tmp_path):
+    first, second = slides(tmp_path, first={}, second={"seed": 2})
+    archive = tmp_path / "archive"
+    run(archive, first, second)
+    store = Archive.open(archive)
+    marked = store.lookup("first.json").id
+    died = archive / "runs" / "20200101T000000Z-0000" / "open"  # as a run leaves it that is killed with a source open
+    died.mkdir(parents=True)
+    (died / f"{marked}.plan").touch()
+    report = run(archive, first, second, mpp=1.0, new_plan=True)
+    assert [Path(outcome.path).name for outcome in report.outcomes] == ["second.json", "first.json"]  # the suspect last
+    assert not list(died.iterdir())
+
+
+def test_a_worker_that_dies_opening_the_encoder_is_one_clear_error(tmp_path):
+    (slide,) = slides(tmp_path, slide={})
+    with pytest.raises(EncoderError, match="the worker process died while it opened the encoder"):
+        embed(
+            [slide],
+            tmp_path / "archive",
+            plan=PlanSettings(tile=64, tissue="none"),
+            encode=EncodeSettings(encoder="null", precision="fp32", pixels=64),
+            run=RunSettings(workers=1),
+            doors=replace(null_doors(), open_gated=die),
+        )
+    assert not list((tmp_path / "archive").glob("runs/*/open/*"))  # no source is suspected
