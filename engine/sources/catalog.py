@@ -34,7 +34,7 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> tuple[CatalogEntry,
 
     Folders are searched with their subfolders for the suffixes of slides. A catalog has a column `path` (relative to
     its own folder), and may have `id`, `mpp`, `patient`; every other column is a label. A file that is missing, empty
-    or no slide is an entry all the same: opening it fails, and the others go on.
+    or no slide, and a subfolder that cannot be read, is an entry all the same: opening it fails, and the others go on.
 
     Raises UsageError: nothing there, a folder without slides or not readable, a catalog that is no catalog, two
     sources of one name, one file named twice.
@@ -72,18 +72,22 @@ def entry(name: str, path: Path) -> CatalogEntry:
 def folder(top: Path, base: Path, src: str) -> Iterator[CatalogEntry]:
     """The slides in a folder and its subfolders, named relative to `base`. src: what errors name."""
 
-    def refuse(error: OSError) -> None:
-        where = os.fspath(error.filename or top)
-        raise UsageError(where, f"the folder cannot be read ({type(error).__name__})", "make it readable") from error
-
+    locked: list[OSError] = []
     empty = True
-    for here, folders, files in os.walk(top, onerror=refuse):
+    for here, folders, files in os.walk(top, onerror=locked.append):
         companions = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
         folders[:] = [name for name in folders if name not in companions]  # an MRXS keeps its pixels in there
         for name in files:
             if Path(name).suffix.lower() in SLIDE_SUFFIXES:
                 empty = False
                 yield entry((Path(here) / name).relative_to(base).as_posix(), Path(here) / name)
+    for error in locked:
+        where = Path(error.filename or top)
+        if where == top:
+            wrong = f"the folder cannot be read ({type(error).__name__})"
+            raise UsageError(os.fspath(where), wrong, "make it readable") from error
+        empty = False
+        yield entry(where.relative_to(base).as_posix(), where)  # opening it fails, and the others go on
     if empty:
         raise UsageError(src, "no slide is in this folder", f"slides end in {', '.join(sorted(SLIDE_SUFFIXES))}")
 

@@ -123,19 +123,27 @@ def test_mpp_override_cures_a_slide_without_mpp(embed, archive, tmp_path):
     assert "failed" not in embed(archive, tmp_path).err  # what is complete needs no override
 
 
-def test_an_unreadable_folder_is_named(embed, archive, slides, tmp_path, monkeypatch):
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_unreadable_folder_is_named_and_costs_nothing_else(embed, archive, slides, tmp_path, monkeypatch, alone):
     locked = tmp_path / "slides" / "locked"
     locked.mkdir(parents=True)
     shutil.copy(slides / "a.tif", locked.parent)
     scandir = os.scandir
 
     def refuse(path):
-        if Path(path) == locked:
+        if str(path) == str(locked):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    ran = embed(archive, locked.parent)
+    if not alone:
+        ran = embed(archive, locked.parent)
+        assert ran.code == 1
+        assert f"{locked}: failed: it cannot be read" in ran.err  # for root; others are told that permission is denied
+        assert "a.tif: " in ran.err
+        assert "1 complete" in ran.out
+        return
+    ran = embed(archive, locked)
     assert ran.code == 2
     assert f"{locked}: the folder cannot be read (PermissionError); make it readable" in ran.line
 
