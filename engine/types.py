@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Int32, Int64, UInt8
 
 from patchmill.errors import UsageError
 
@@ -48,6 +48,7 @@ class SourceRef:
     path: str  # absolute; shown on the user's terminal and kept in ARCHIVE.private alone
     mpp: float | None = None  # micrometres per level-0 pixel that override the file's own
     subject: str | None = None  # HMAC of the patient, for splits
+    reader: str = "auto"  # who must decode it; see patchmill.sources.READERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +58,61 @@ class Level:
     width: int  # pixels
     height: int  # pixels
     downsample: float  # level-0 pixels per pixel of this level; 1.0 for level 0
+    tile: tuple[int, int] = (256, 256)  # width and height of a cell in pixels: what the reader decodes in one go
+    shrinks: tuple[int, ...] = (1,)  # by which factors its cells can be decoded smaller than they are, 1 among them
+
+    def shrunk(self, factor: int) -> "Level":
+        """The level as it looks when its cells are decoded smaller; a pixel that is cut by an edge is left out."""
+        if factor == 1:
+            return self
+        w, h = self.tile
+        size = max(1, self.width // factor), max(1, self.height // factor)
+        return Level(*size, self.downsample * factor, (w // factor, h // factor))
 
 
 @runtime_checkable
 class Slide(Protocol):
-    """A whole-slide image that is open for reading. Safe to read from several threads at once."""
+    """A whole-slide image that is open for reading. Safe to read from several threads at once.
+
+    A level is a lattice of cells, mostly the file's own tiles: cell (column, row) covers the pixels from
+    (column * tile width, row * tile height) on. Reading a cell has two halves: `fetch` may wait for a disk or a network,
+    `decode` only computes, without the GIL.
+
+    shrink: a factor of the level's `shrinks`; sizes and places are then in pixels of `Level.shrunk(shrink)`.
+    """
 
     reader: str  # who decodes, with version: "openslide 4.0.1"
     levels: tuple[Level, ...]  # level 0 first
     mpp: float  # micrometres per level-0 pixel, the mean of x and y; an override is already applied
     metadata: Mapping[str, str | int | float]  # by allow-list: vendor, objective, bounds; never a dump
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
+    def read(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of a rectangle of one level, in that level's own pixels; what lies outside the file is white.
 
         Raises SourceError if the file cannot be decoded there.
+        """
+        ...
+
+    def fetch(self, level: int, cells: Int32[np.ndarray, "n 2"]) -> Sequence[Any]:
+        """What storage holds of cells (column, row) of the level, for `decode` alone to understand.
+
+        Raises TransientError if the storage fails. A cell that is unreadable in the file raises nothing here.
+        """
+        ...
+
+    def decode(
+        self,
+        level: int,
+        cells: Int32[np.ndarray, "n 2"],
+        fetched: Sequence[Any],
+        out: Sequence[UInt8[np.ndarray, "h w 3"]],
+        shrink: int = 1,
+    ) -> Bool[np.ndarray, " n"]:
+        """Decode what was fetched, each cell into an array of its own; outside the level it is white.
+
+        Returns which cells could be decoded; what is in the arrays of the others is undefined.
         """
         ...
 
@@ -92,6 +133,7 @@ class PlanSettings:
     overlap: int = 0  # pixels shared with the next tile
     tissue: Literal["auto", "none"] = "auto"  # the mask rule; "none" keeps every tile
     min_tissue: float = 0.1  # least fraction of a tile that must be tissue
+    scaled: bool = True  # let a codec decode at reduced scale where tiles are shrunk by 2, 4 or 8 anyway
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.mpp <= 1000:
@@ -108,28 +150,34 @@ class PlanSettings:
     @property
     def key(self) -> str:
         """The plan key: 16 hex digits over these settings, the kind of source and the version of the rules."""
-        return fingerprint_of({"kind": "slide", "rules": 1, **asdict(self)})
+        known = asdict(self)
+        if not known.pop("scaled"):  # as it was before there was a choice
+            return fingerprint_of({"kind": "slide", "rules": 1, **known})
+        return fingerprint_of({"kind": "slide", "rules": 1, "scaled": True, **known})
 
     def describe(self) -> str:
         """One line for people."""
         return (
             f"{self.tile} px tiles at {self.mpp} µm/px, overlap {self.overlap}, "
-            f"tissue {self.tissue} (at least {self.min_tissue:g})"
+            f"tissue {self.tissue} (at least {self.min_tissue:g}), {'scaled' if self.scaled else 'exact'} decoding"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A rectangle of one level that is read in one go and holds the tiles of consecutive rows of a plan."""
+    """Neighbouring cells of one level that are decoded together, and the tiles of consecutive rows of a plan in them."""
 
-    level: int
-    x: int  # pixels of that level
-    y: int
-    width: int
-    height: int
     start: int  # first row of the plan whose tile lies in this block
     stop: int  # one past the last
-    origins: Int32[np.ndarray, "n 2"] = field(repr=False)  # x, y of each tile inside the block, in its pixels
+    corner: tuple[int, int]  # column and row of the cell that origins count from
+    needed: Bool[np.ndarray, "rows columns"] = field(repr=False)  # from the corner on; the others no tile touches
+    origins: Int32[np.ndarray, "n 2"] = field(repr=False)  # x, y of each tile in pixels from the corner
+
+    @property
+    def cells(self) -> Int32[np.ndarray, "m 2"]:
+        """Column and row of every cell that is needed, row by row."""
+        row, column = np.nonzero(self.needed)
+        return np.stack([column + self.corner[0], row + self.corner[1]], axis=1).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -138,12 +186,13 @@ class Plan:
 
     settings: PlanSettings
     level: int  # the level that tiles are read from
-    downsample: float  # of that level
-    ratio: float  # pixels of that level per tile pixel, >= 1; exactly 1 where tiles are copied
+    downsample: float  # level-0 pixels per pixel that is decoded: of the level, times `shrink`
+    ratio: float  # decoded pixels per tile pixel, >= 1; exactly 1 where tiles are copied
     mpp: float  # micrometres that a tile pixel really spans: the settings' mpp unless a level within tolerance is used
     block: int  # tiles per side of a block
     coords: Int32[np.ndarray, "n 2"]  # x, y of the tile's top left corner in level-0 pixels
     tissue: UInt8[np.ndarray, " n"]  # tissue fraction, 0..255
+    shrink: int = 1  # cells are decoded this much smaller than they are
 
     @property
     def key(self) -> str:
@@ -157,7 +206,7 @@ class Plan:
 
     @property
     def extent(self) -> float:
-        """Pixels of the level per side of a tile."""
+        """Decoded pixels per side of a tile."""
         return self.settings.tile * self.ratio
 
 
@@ -276,5 +325,6 @@ class ShardResult:
 
     shard: Shard
     seconds: Mapping[str, float]  # where its thread's time went: read, decode, core, resample, batch, encode, write
-    pixels_read: int  # pixels of the level that were read from the file
-    pixels_covered: float  # pixels of the level that its tiles cover; overlap counts twice
+    pixels_read: int  # pixels that were decoded
+    pixels_covered: float  # decoded pixels that its tiles cover; overlap counts twice
+    unreadable: int = 0  # tiles that lie on damaged parts of the file

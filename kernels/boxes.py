@@ -30,7 +30,8 @@ def snapped(edges: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
 
 
 def check(
-    block: UInt8[np.ndarray, "h w 3"],
+    cells: UInt8[np.ndarray, "s h w 3"],
+    where: Int32[np.ndarray, "rows columns"],
     origins: Int32[np.ndarray, "n 2"],
     extent: float,
     out: UInt8[np.ndarray, "n p p 3"],
@@ -42,7 +43,9 @@ def check(
     if not (math.isfinite(extent) and extent >= pixels):
         raise ValueError(f"a tile of {extent} px cannot fill {pixels} px: pixels are only ever shrunk")
     side = math.ceil(float(snapped(np.array([float(extent)]))[0]))
-    height, width, _ = block.shape
+    height, width = where.shape[0] * cells.shape[1], where.shape[1] * cells.shape[2]
+    if where.size and (where.min() < -1 or where.max() >= len(cells)):
+        raise ValueError(f"there are {len(cells)} cells, but number {where.max()} is used")
     if len(origins) and (
         origins.min() < 0 or origins[:, 0].max() + side > width or origins[:, 1].max() + side > height
     ):

@@ -21,34 +21,67 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def pack(
-    block: UInt8[np.ndarray, "h w 3"],
+    cells: UInt8[np.ndarray, "s h w 3"],
+    where: Int32[np.ndarray, "rows columns"],
     origins: Int32[np.ndarray, "n 2"],
     extent: float,
     out: UInt8[np.ndarray, "n p p 3"],
 ) -> None:
-    """Cut square tiles out of a block, shrink each by area, and write them into a batch buffer, in one pass.
+    """Cut square tiles out of a block of cells, shrink each by area, and write them into a batch buffer, in one pass.
 
-    block: pixels that were read. origins: x, y of each tile's top left pixel in the block. extent: pixels of the block
-    per side of a tile, a real number of at least p. out: n tiles of p pixels per side; may be a slice of a larger
-    buffer. Where extent is p, pixels are copied; elsewhere each is the mean of the area that it covers, pixels that are
-    covered in part counting in part (the box filter), rounded half up.
+    cells: decoded pixels, in any order. where: the number of the cell at each place of the block, -1 for white.
+    origins: x, y of each tile's top left pixel in the block. extent: pixels of the block per side of a tile, a real
+    number of at least p. out: n tiles of p pixels per side; may be a slice of a larger buffer. Where extent is p, pixels
+    are copied; elsewhere each is the mean of the area that it covers, pixels that are covered in part counting in part
+    (the box filter), rounded half up.
 
     Raises ValueError if a tile reaches out of its block or would have to be enlarged.
     """
-    check(block, origins, extent, out)
+    check(cells, where, origins, extent, out)
     pixels = out.shape[1]
+    cells, where = np.ascontiguousarray(cells), np.ascontiguousarray(where)
     if extent == pixels:
-        for n, (x, y) in enumerate(origins.tolist()):
-            out[n] = block[y : y + pixels, x : x + pixels]
+        _copy(cells, where, origins, out)
         return
     first, weights = box_weights(extent, pixels)
     area = np.float32((extent / pixels) ** 2)
-    _shrink(np.ascontiguousarray(block), origins, first, weights, area, out)
+    _shrink(cells, where, origins, first, weights, area, out)
+
+
+@compiled
+def _copy(
+    cells: UInt8[np.ndarray, "s h w 3"],
+    where: Int32[np.ndarray, "rows columns"],
+    origins: Int32[np.ndarray, "n 2"],
+    out: UInt8[np.ndarray, "n p p 3"],
+) -> None:
+    side = out.shape[1]
+    _, h, w, _ = cells.shape
+    flat = cells.reshape(cells.shape[0], h, w * 3)
+    for n in range(len(origins)):
+        left, top = origins[n, 0], origins[n, 1]
+        target = out[n].reshape(side, side * 3)
+        for row in range(top // h, (top + side - 1) // h + 1):
+            y0, y1 = max(top, row * h), min(top + side, (row + 1) * h)
+            for column in range(left // w, (left + side - 1) // w + 1):
+                x0, x1 = max(left, column * w), min(left + side, (column + 1) * w)
+                number = where[row, column]
+                start, length = (x0 - column * w) * 3, (x1 - x0) * 3
+                for y in range(y0, y1):
+                    to = target[y - top, (x0 - left) * 3 : (x0 - left) * 3 + length]
+                    if number < 0:
+                        for x in range(length):
+                            to[x] = 255
+                    else:
+                        source = flat[number, y - row * h, start : start + length]
+                        for x in range(length):
+                            to[x] = source[x]
 
 
 @compiled
 def _shrink(
-    block: UInt8[np.ndarray, "h w 3"],
+    cells: UInt8[np.ndarray, "s h w 3"],
+    where: Int32[np.ndarray, "rows columns"],
     origins: Int32[np.ndarray, "n 2"],
     first: Int64[np.ndarray, " p"],
     weights: Float32[np.ndarray, "p k"],
@@ -56,26 +89,39 @@ def _shrink(
     out: UInt8[np.ndarray, "n p p 3"],
 ) -> None:
     pixels, taps = weights.shape
+    _, h, w, _ = cells.shape
+    flat = cells.reshape(cells.shape[0], h, w * 3)
     side = 0  # input pixels that the last output pixel reaches to
     for k in range(taps):
         if weights[pixels - 1, k] > 0:
             side = first[pixels - 1] + k + 1
     line = np.empty(side * 3, np.float32)
-    rows = block.reshape(block.shape[0], block.shape[1] * 3)
     half = np.float32(0.5)
     for n in range(len(origins)):
-        left, top = origins[n, 0] * 3, origins[n, 1]
+        left, top = origins[n, 0], origins[n, 1]
         for i in range(pixels):
-            row = rows[top + first[i], left : left + side * 3]
-            weight = weights[i, 0]
-            for x in range(side * 3):  # down first: contiguous in memory, so it becomes vector instructions
-                line[x] = weight * np.float32(row[x])
-            for k in range(1, taps):
+            for k in range(taps):
                 weight = weights[i, k]
-                if weight > 0:
-                    row = rows[top + first[i] + k, left : left + side * 3]
-                    for x in range(side * 3):
-                        line[x] += weight * np.float32(row[x])
+                if weight == 0:
+                    continue
+                row, y = divmod(top + first[i] + k, h)
+                for column in range(left // w, (left + side - 1) // w + 1):
+                    x0, x1 = max(left, column * w), min(left + side, (column + 1) * w)
+                    number = where[row, column]
+                    start, length = (x0 - column * w) * 3, (x1 - x0) * 3
+                    part = line[(x0 - left) * 3 : (x0 - left) * 3 + length]
+                    # Down first: contiguous in memory, so it becomes vector instructions.
+                    if number < 0:
+                        for x in range(length):
+                            part[x] = weight * np.float32(255) + (part[x] if k else np.float32(0))
+                    elif k == 0:
+                        source = flat[number, y, start : start + length]
+                        for x in range(length):
+                            part[x] = weight * np.float32(source[x])
+                    else:
+                        source = flat[number, y, start : start + length]
+                        for x in range(length):
+                            part[x] += weight * np.float32(source[x])
             for j in range(pixels):
                 at = first[j] * 3
                 red, green, blue = np.float32(0), np.float32(0), np.float32(0)

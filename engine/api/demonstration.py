@@ -136,7 +136,7 @@ def _haematoxylin(archive: Archive, source: str, run: RunReport) -> Float64[np.n
     side = round(plan.extent)
     try:
         corners = np.rint(plan.coords / plan.downsample).astype(int).tolist()
-        tiles = (slide.read(plan.level, x, y, side, side) for x, y in corners)
+        tiles = (slide.read(plan.level, x, y, side, side, plan.shrink) for x, y in corners)
         return np.array([rgb2hed(tile[::4, ::4])[..., 0].mean() for tile in tiles])
     finally:
         slide.close()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from patchmill import cluster
@@ -41,7 +42,8 @@ def embed(
     registered = [_entry(target, entry, mpp_override) for entry in entries]
     target.register(registered)
     known = {ref.id: ref for ref in target.refs()}
-    refs = tuple(known[entry.id] for entry in registered)
+    settings = run or RunSettings()
+    refs = tuple(replace(known[entry.id], reader=settings.reader) for entry in registered)
     if found is not None:
         found(refs)
     return cluster.run(
@@ -49,7 +51,7 @@ def embed(
         refs,
         plan or PlanSettings(),
         encode or EncodeSettings(),
-        run or RunSettings(),
+        settings,
         watch or (lambda event: None),
         doors,
     )

@@ -48,6 +48,7 @@ def plan_files(plan: Plan) -> dict[str, bytes]:
         "ratio": float(plan.ratio),
         "mpp": float(plan.mpp),
         "block": plan.block,
+        **({"shrink": plan.shrink} if plan.shrink > 1 else {}),
     }
     whole = max(plan.rows, 1)  # one chunk; a chunk of no rows is not allowed
     coords = array_document((plan.rows, 2), "int32", file_rows=whole, names=("tile", "xy"))
@@ -75,6 +76,7 @@ def load_plan(folder: Path, key: str) -> Plan:
             ratio=attributes["ratio"],
             mpp=attributes["mpp"],
             block=attributes["block"],
+            shrink=attributes.get("shrink", 1),
             coords=read_array(folder, f"{group}/coords"),
             tissue=read_array(folder, f"{group}/tissue"),
         )

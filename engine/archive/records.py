@@ -85,8 +85,11 @@ def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
 
 
 def plan_from(settings: Mapping[str, Any]) -> PlanSettings:
-    """The settings of a plan from their JSON form, `dataclasses.asdict`. Raises TypeError if members do not fit."""
-    return PlanSettings(**settings)
+    """The settings of a plan from their JSON form, `dataclasses.asdict`. Raises TypeError if members do not fit.
+
+    Those that were stored before codecs could decode at reduced scale say nothing of it, and mean exact decoding.
+    """
+    return PlanSettings(**{"scaled": False, **settings})
 
 
 def encoder_record(spec: EncoderSpec) -> dict[str, Any]:

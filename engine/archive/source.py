@@ -215,6 +215,9 @@ class SourceStore:
         valid = self._array(plan_key, encoder_key, VALID)
         if (valid == VALID_NOT_WRITTEN).any():
             raise ArchiveError(self.id, "a row was not written", REPAIR)
+        if features.rows and (valid == VALID_UNREADABLE).all():
+            wrong = f"none of its {features.rows} tiles can be decoded"
+            raise SourceError(self.id, wrong, "check the file or copy it again, and add it under another id")
         completion = Completion(
             source=self.id,
             plan=plan_key,

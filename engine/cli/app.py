@@ -27,6 +27,7 @@ app.add_typer(probe_app, name="probe")
 app.add_typer(bench_app, name="bench")
 
 _plan, _encode = PlanSettings(), EncodeSettings()  # the defaults are named once
+_READ_TIMEOUT = 120.0  # of patchmill.sources, which would be slow to import here; a test compares the two
 
 ArchivePath = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="the archive's folder")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
@@ -65,6 +66,15 @@ def embed(
     overlap: Annotated[int, typer.Option(help="pixels shared with the next tile")] = _plan.overlap,
     tissue: Annotated[Literal["auto", "none"], typer.Option(help="none keeps every tile")] = _plan.tissue,
     min_tissue: Annotated[float, typer.Option(help="least tissue fraction of a tile")] = _plan.min_tissue,
+    decode: Annotated[
+        Literal["scaled", "exact"], typer.Option(help="scaled lets a codec shrink where tiles are shrunk by 2, 4 or 8")
+    ] = "scaled",
+    reader: Annotated[
+        Literal["auto", "openslide", "tiff"], typer.Option(help="who decodes; auto chooses for each file and names it")
+    ] = "auto",
+    read_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="give up a source whose storage does not answer for so long")
+    ] = _READ_TIMEOUT,
     mpp_override: Annotated[
         float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")
     ] = None,
@@ -86,7 +96,7 @@ def embed(
         report = api.embed(
             src,
             archive,
-            plan=PlanSettings(mpp=mpp, tile=tile, overlap=overlap, tissue=tissue, min_tissue=min_tissue),
+            plan=PlanSettings(mpp=mpp, tile=tile, overlap=overlap, tissue=tissue, min_tissue=min_tissue, scaled=decode == "scaled"),
             encode=EncodeSettings(
                 encoder=encoder,
                 weights=str(weights.absolute()) if weights else None,
@@ -97,7 +107,12 @@ def embed(
                 threads=threads,
             ),
             run=RunSettings(
-                workers=workers, new_plan=new_plan, full_hash=hash == "full", retry_quarantined=retry_quarantined
+                workers=workers,
+                new_plan=new_plan,
+                full_hash=hash == "full",
+                retry_quarantined=retry_quarantined,
+                reader=reader,
+                read_timeout=read_timeout,
             ),
             mpp_override=mpp_override,
             watch=progress,
@@ -318,6 +333,21 @@ def bench_pipeline(
     from patchmill.benchmarks.pipeline import bench_pipeline as measure
 
     record = measure(inputs or (), encoder=encoder, precision=precision, tiles=tiles, rounds=rounds)
+    show(record.as_dict(), record.text, as_json)
+    return 0
+
+
+@bench_app.command("ingest", epilog="Example: patchmill bench ingest --rounds 5 --json")
+def bench_ingest(
+    inputs: Inputs = None,
+    tiles: Annotated[int, typer.Option(min=2, help="tiles per side of the slides that are made without --input")] = 16,
+    rounds: Rounds = 5,
+    as_json: Json = False,
+) -> int:
+    """Tiles per second from files into batches, beside the usual loader and the bare codec."""
+    from patchmill.benchmarks.ingest import bench_ingest as measure
+
+    record = measure(inputs or (), tiles=tiles, rounds=rounds)
     show(record.as_dict(), record.text, as_json)
     return 0
 

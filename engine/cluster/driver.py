@@ -16,7 +16,7 @@ from distributed import Client, Future, KilledWorker, as_completed
 from patchmill.cluster import tasks
 from patchmill.cluster.journal import HeldError, Journal
 from patchmill.cluster.report import Outcome, SourceOutcome
-from patchmill.cluster.tasks import Job, Planned
+from patchmill.cluster.tasks import Completed, Job, Planned
 from patchmill.errors import ArchiveError, PatchmillError, SourceError, TransientError
 from patchmill.types import EncoderSpec, Shard, ShardResult, SourceRef
 
@@ -50,6 +50,7 @@ class _Work:
     pending: deque[Shard] = field(default_factory=deque)
     out: int = 0  # tasks in flight
     embedded: int = 0
+    unreadable: int = 0
     trouble: tuple[Outcome | Literal["again"], str, str] | None = None  # outcome, kind, wrong; nothing new is started
     started: float = field(default_factory=time.monotonic)
 
@@ -190,7 +191,7 @@ class Driver:
             work.pending.clear()
         self._settle(work)
 
-    def _succeeded(self, work: _Work, value: Planned | ShardResult | int) -> None:
+    def _succeeded(self, work: _Work, value: Planned | ShardResult | Completed) -> None:
         match value:
             case Planned():
                 work.planned = value
@@ -204,8 +205,9 @@ class Driver:
                 self.pixels_read += value.pixels_read
                 self.pixels_covered += value.pixels_covered
                 self.last_shard = time.monotonic()
-            case _:
-                self._end(work, "complete" if value else "empty")
+            case Completed():
+                work.unreadable = value.unreadable
+                self._end(work, "complete" if value.rows else "empty")
 
     def _killed(self, task: _Task, error: KilledWorker) -> None:
         """A worker died with this task on it. Only a source that was open can have been the reason."""
@@ -255,6 +257,7 @@ class Driver:
             outcome=outcome,
             rows=work.planned.rows if work.planned else 0,
             embedded=work.embedded,
+            unreadable=work.unreadable,
             mpp=work.planned.mpp if work.planned else None,
             kind=kind,
             wrong=wrong,

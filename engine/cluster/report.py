@@ -19,6 +19,7 @@ class SourceOutcome:
     outcome: Outcome
     rows: int = 0
     embedded: int = 0  # rows embedded by this run; the rest were there before
+    unreadable: int = 0  # rows that lie on damaged parts of the file
     skipped: bool = False  # it was complete before this run began
     mpp: float | None = None  # micrometres that a tile pixel spans
     kind: str = ""  # the kind of error, "quarantined" among them

@@ -20,6 +20,7 @@ from patchmill.cluster.local import local_cluster
 from patchmill.cluster.report import STAGES, RunReport, SourceOutcome
 from patchmill.cluster.tasks import PROGRESS, Doors, Job, gate_encoder
 from patchmill.errors import EncoderError, PatchmillError, UsageError
+from patchmill.sources import READ_TIMEOUT, READERS
 from patchmill.types import EncoderSpec, EncodeSettings, PlanSettings, SourceRef
 
 __all__ = ["RunSettings", "run"]
@@ -35,6 +36,9 @@ PACKAGES = (
     "dask",
     "openslide-python",
     "openslide-bin",
+    "tifffile",
+    "simplejpeg",
+    "imagecodecs",
 )
 
 
@@ -47,10 +51,16 @@ class RunSettings:
     full_hash: bool = False  # fingerprint sources by every byte
     retry_quarantined: bool = False
     shard_rows: int | None = None  # None: chosen from the measured rate
+    reader: str = "auto"  # who decodes slides; see patchmill.sources.READERS
+    read_timeout: float = READ_TIMEOUT  # seconds without an answer after which a source's storage is given up
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise UsageError("--workers", f"{self.workers} processes cannot be started", "use 0 or more")
+        if self.reader not in READERS:
+            raise UsageError("--reader", f"no reader is called {self.reader!r}", f"use one of {', '.join(READERS)}")
+        if not self.read_timeout > 0:
+            raise UsageError("--read-timeout", f"{self.read_timeout} s is no time to wait", "use more than 0")
 
 
 def run(
@@ -80,6 +90,7 @@ def run(
             encode=encode,
             full_hash=settings.full_hash,
             shard_rows=settings.shard_rows,
+            read_timeout=settings.read_timeout,
             doors=doors,
         )
         return _Run(archive, job, settings, journal, watch).carry_out(refs)
@@ -152,6 +163,7 @@ class _Run:
                 path=ref.path,
                 outcome="complete" if done.rows else "empty",
                 rows=done.rows,
+                unreadable=done.unreadable,
                 skipped=True,
             )
             skipped.append(outcome)

@@ -16,6 +16,7 @@ from patchmill.archive import Archive, SourceStore, choose_shard_rows
 from patchmill.cluster.journal import opened
 from patchmill.encoders import GateReport
 from patchmill.errors import SourceError
+from patchmill.sources import Patience, PatientSlide
 from patchmill.types import (
     Encoder,
     EncoderSpec,
@@ -28,7 +29,7 @@ from patchmill.types import (
     SourceRef,
 )
 
-__all__ = ["PROGRESS", "Gated", "Job", "Planned", "complete_source", "embed", "gate_encoder", "plan_source"]
+__all__ = ["PROGRESS", "Completed", "Gated", "Job", "Planned", "complete_source", "embed", "gate_encoder", "plan_source"]
 
 PROGRESS = "patchmill-rows"  # topic of the events (source id, rows)
 
@@ -53,6 +54,7 @@ class Job:
     encode: EncodeSettings
     full_hash: bool = False
     shard_rows: int | None = None  # None: chosen from the measured rate
+    read_timeout: float = sources.READ_TIMEOUT  # seconds without an answer after which storage is given up
     doors: Doors = field(default_factory=Doors)
 
 
@@ -74,6 +76,14 @@ class Planned:
     pending: tuple[Shard, ...]
     mpp: float  # what a tile pixel spans, which may differ a little from what was asked
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """A source whose every row is there."""
+
+    rows: int
+    unreadable: int  # rows that lie on damaged parts of the file
 
 
 def gate_encoder(job: Job, known: Sequence[Mapping[str, Any]]) -> Gated:
@@ -101,10 +111,10 @@ def plan_source(job: Job, ref: SourceRef, spec: EncoderSpec, rate: float) -> Pla
     rate: tiles per second of the encoder, for the choice of the shard's rows. Raises SourceError.
     """
     start = time.perf_counter()
-    with opened(Path(job.run), ref.id, "plan"):
+    with opened(Path(job.run), ref.id, "plan"), sources.Patience(ref.id, job.read_timeout) as patience:
         store = Archive.open(job.archive).source(ref.id)
         store.sweep()
-        geometry = _planned_before(store, job, ref) or _plan_now(store, job, ref)
+        geometry = _planned_before(store, job, ref, patience) or _plan_now(store, job, ref, patience)
         row_bytes = 2 * sum(spec.outputs.values())
         store.begin(job.plan.key, spec, job.shard_rows or choose_shard_rows(geometry.rows, rate, row_bytes))
         pending = tuple(store.pending(job.plan.key, spec))
@@ -113,19 +123,23 @@ def plan_source(job: Job, ref: SourceRef, spec: EncoderSpec, rate: float) -> Pla
     )
 
 
-def _planned_before(store: SourceStore, job: Job, ref: SourceRef) -> Plan | None:
+def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> Plan | None:
     """The plan that the store holds; its source must still have the content that was planned."""
     if not store.has_plan(job.plan.key):
         return None
     fingerprint = store.info()["fingerprint"]
-    if sources.content_fingerprint(ref.path, full=fingerprint.startswith("full"), source=ref.id) != fingerprint:
+    if _fingerprint(ref, fingerprint.startswith("full"), patience) != fingerprint:
         raise SourceError(ref.id, "its content has changed since it was planned", "add it under another id")
     return store.read_plan(job.plan.key)
 
 
-def _plan_now(store: SourceStore, job: Job, ref: SourceRef) -> Plan:
-    fingerprint = sources.content_fingerprint(ref.path, full=job.full_hash, source=ref.id)
-    slide = job.doors.open_slide(ref)
+def _fingerprint(ref: SourceRef, full: bool, patience: Patience) -> str:
+    return patience.run(sources.content_fingerprint, ref.path, full=full, source=ref.id, beat=patience.beat)
+
+
+def _plan_now(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> Plan:
+    fingerprint = _fingerprint(ref, job.full_hash, patience)
+    slide = PatientSlide(patience.run(job.doors.open_slide, ref), patience)
     try:
         geometry = plan.plan_slide(slide, job.plan, ref.id)
         store.write_plan(geometry, _info(slide, ref, fingerprint))
@@ -138,11 +152,12 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
     """Embed and commit one shard. Raises SourceError, or EncoderError if the encoder stopped."""
     # Before the mark: a worker that dies while it opens the encoder, for want of memory say, is no fault of the source.
     batcher, provenance = stream.batcher_for(job.encode, job.doors.open_encoder, _progress())
-    with opened(Path(job.run), ref.id, str(shard.start)):
+    with opened(Path(job.run), ref.id, str(shard.start)), sources.Patience(ref.id, job.read_timeout) as patience:
         store = Archive.open(job.archive).source(ref.id)
         if store.acknowledged(shard):  # by a task whose answer was lost with its worker
             return ShardResult(shard=shard, seconds={}, pixels_read=0, pixels_covered=0)
-        slide = job.doors.open_slide(ref)
+        slide = PatientSlide(patience.run(job.doors.open_slide, ref), patience)
+        _check_reader(store.info()["reader"], slide.reader, ref.id)
         try:
             return stream.embed_shard(
                 shard, slide, store.read_plan(shard.plan), batcher, store, {**provenance, "reader": slide.reader}
@@ -151,9 +166,17 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
             slide.close()
 
 
-def complete_source(job: Job, ref: SourceRef, encoder: str) -> int:
-    """Read every shard back and mark the source complete; returns its rows."""
-    return Archive.open(job.archive).source(ref.id).complete(job.plan.key, encoder).rows
+def _check_reader(planned: str, now: str, source: str) -> None:
+    """Raise SourceError if another reader than the one that planned a source would go on with it."""
+    if planned.split()[0] != now.split()[0]:
+        wrong = f"it was planned with the reader {planned!r} and would now be read with {now!r}"
+        raise SourceError(source, wrong, f"use --reader {planned.split()[0]}")
+
+
+def complete_source(job: Job, ref: SourceRef, encoder: str) -> Completed:
+    """Read every shard back and mark the source complete. Raises SourceError if no tile of it could be read."""
+    done = Archive.open(job.archive).source(ref.id).complete(job.plan.key, encoder)
+    return Completed(rows=done.rows, unreadable=done.unreadable)
 
 
 def _progress() -> Callable[[str, int], None]:

@@ -5,12 +5,15 @@ What is stored is the start in level-0 pixels, floor(level pixel * downsample); 
 the smallest that is not before it.
 """
 
+import math
+
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
 __all__ = ["block_order", "cells_of", "level_pixels", "starts", "to_level_0"]
 
-BLOCK_PIXELS = 1536  # aimed at per side of a block, in pixels of the level: 7 MiB of RGB
+MOST_BLOCK = 2048  # pixels of the level per side of a block, if a tile is no larger: 12 MiB of RGB
+LEAST_BLOCK = 1024  # where even that many cells cannot be cut better
 
 
 def starts(size: int, step: float, extent: float) -> Int64[np.ndarray, " n"]:
@@ -22,9 +25,19 @@ def starts(size: int, step: float, extent: float) -> Int64[np.ndarray, " n"]:
     return whole
 
 
-def block_side(step: float) -> int:
-    """Tiles per side of a block."""
-    return max(1, BLOCK_PIXELS // int(np.ceil(step)))
+def block_side(step: float, cell: int) -> int:
+    """Tiles per side of a block: between 1,024 and 2,048 px, wherever its edges cut the fewest of the file's cells.
+
+    cell: pixels per side of a cell. Tiles of 224 px on cells of 256 px give 8: 1,792 px are exactly 7 cells.
+    """
+    sides = range(max(1, math.ceil(LEAST_BLOCK / step)), max(1, math.floor(MOST_BLOCK / step)) + 1)
+    return min(sides, key=lambda side: (cut_cells(side * step, cell), -side), default=max(sides.start - 1, 1))
+
+
+def cut_cells(side: float, cell: int) -> float:
+    """Cells that are decoded twice along one axis, per pixel: those that an edge between two blocks cuts."""
+    edges = np.arange(1, 65) * side
+    return float(np.count_nonzero(np.floor(edges) % cell) / (64 * side))
 
 
 def block_order(column: Int64[np.ndarray, " n"], row: Int64[np.ndarray, " n"], block: int) -> Int64[np.ndarray, " n"]:

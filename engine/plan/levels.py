@@ -16,15 +16,17 @@ class Reading:
     """How tiles at the target mpp come out of a pyramid."""
 
     level: int
-    ratio: float  # pixels of that level per tile pixel; exactly 1 where tiles are copied
+    ratio: float  # decoded pixels per tile pixel; exactly 1 where tiles are copied
     mpp: float  # micrometres that a tile pixel really spans
+    shrink: int = 1  # cells are decoded this much smaller than they are
 
 
-def choose_level(levels: Sequence[Level], mpp: float, target: float, source: str) -> Reading:
+def choose_level(levels: Sequence[Level], mpp: float, target: float, source: str, scaled: bool = True) -> Reading:
     """The coarsest level that is at least as fine as the target, within 5 %; pixels are only ever shrunk.
 
-    mpp: micrometres per level-0 pixel. target: micrometres per tile pixel. Raises SourceError where every level is
-    coarser than the target.
+    mpp: micrometres per level-0 pixel. target: micrometres per tile pixel. scaled: whether a codec may shrink, by the
+    largest factor that the level offers and the target allows. Raises SourceError where every level is coarser than
+    the target.
     """
     fine = [i for i, level in enumerate(levels) if mpp * level.downsample <= target * (1 + TOLERANCE)]
     if not fine:
@@ -37,4 +39,8 @@ def choose_level(levels: Sequence[Level], mpp: float, target: float, source: str
     own = mpp * levels[level].downsample
     if own >= target * (1 - TOLERANCE):
         return Reading(level, 1.0, own)
-    return Reading(level, round(target / own, 9), target)  # 0.3 / 0.1 is 3, not 2.9999999999999996
+    ratio = round(target / own, 9)  # 0.3 / 0.1 is 3, not 2.9999999999999996
+    shrink = max(s for s in levels[level].shrinks if s == 1 or (scaled and s <= ratio * (1 + TOLERANCE)))
+    if shrink > 1 and shrink >= ratio * (1 - TOLERANCE):
+        return Reading(level, 1.0, own * shrink, shrink)
+    return Reading(level, ratio / shrink, target, shrink)

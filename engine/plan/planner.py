@@ -19,8 +19,8 @@ def plan_slide(slide: Slide, settings: PlanSettings, source: str) -> Plan:
     measured, is stored as 255. Raises SourceError where the slide is coarser than the target mpp or smaller than a
     tile, and what reading it raises.
     """
-    reading = choose_level(slide.levels, slide.mpp, settings.mpp, source)
-    level = slide.levels[reading.level]
+    reading = choose_level(slide.levels, slide.mpp, settings.mpp, source, settings.scaled)
+    level = slide.levels[reading.level].shrunk(reading.shrink)
     step = (settings.tile - settings.overlap) * reading.ratio
     extent = settings.tile * reading.ratio
     x, y = starts(level.width, step, extent), starts(level.height, step, extent)
@@ -39,12 +39,13 @@ def plan_slide(slide: Slide, settings: PlanSettings, source: str) -> Plan:
         fraction = tissue_fractions(tissue_mask(slide), x * level.downsample, y * level.downsample, span)
     # A fraction is a sum of areas in floating point: a tile that is all tissue may come out as 0.9999999.
     row, column = np.nonzero((fraction >= settings.min_tissue - 1e-6) & (fraction > 0))
-    block = block_side(step)
+    block = block_side(step, level.tile[0])
     order = block_order(column, row, block)
     row, column = row[order], column[order]
     return Plan(
         settings=settings,
         level=reading.level,
+        shrink=reading.shrink,
         downsample=level.downsample,
         ratio=reading.ratio,
         mpp=reading.mpp,

@@ -67,11 +67,12 @@ def _tiles(archive: Archive, result: QueryResult) -> dict[Hit | None, Image.Imag
 
 
 def read_tile(slide: Slide, plan: Plan, row: int) -> UInt8[np.ndarray, "tile tile 3"]:
-    """The pixels of one tile of a plan, at the plan's mpp. Raises SourceError."""
-    x, y = (round(float(value) / plan.downsample) for value in plan.coords[row])
-    side = math.ceil(plan.extent)
+    """The pixels of one tile of a plan, at the plan's mpp, read for itself alone. Raises SourceError."""
+    x, y = (math.ceil(value / plan.downsample - 1e-6) for value in plan.coords[row].tolist())
+    side = math.ceil(plan.extent - 1e-6)
     tile: UInt8[np.ndarray, "tile tile 3"] = np.empty((plan.settings.tile, plan.settings.tile, 3), np.uint8)
-    pack(slide.read(plan.level, x, y, side, side), np.zeros((1, 2), np.int32), plan.extent, tile[None])
+    pixels = slide.read(plan.level, x, y, side, side, plan.shrink)
+    pack(pixels[None], np.zeros((1, 1), np.int32), np.zeros((1, 2), np.int32), plan.extent, tile[None])
     return tile
 
 

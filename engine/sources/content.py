@@ -3,7 +3,7 @@
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from patchmill.errors import SourceError
@@ -16,11 +16,12 @@ SAMPLE = 64 << 10
 SAMPLES = 14  # between the ends
 
 
-def content_fingerprint(path: str, full: bool = False, source: str = "source") -> str:
+def content_fingerprint(path: str, full: bool = False, source: str = "source", beat: Callable[[], None] = lambda: None) -> str:
     """'sampled:SIZE:SHA256' or 'full:SIZE:SHA256' of a file, with the companion folder of an MRXS.
 
     Sampled: the first and the last MiB and 14 samples of 64 KiB evenly between them, of every file; files of up to
-    2.875 MiB are read whole. size: bytes of all files together. source: the id that errors name.
+    2.875 MiB are read whole. size: bytes of all files together. source: the id that errors name. beat: called
+    after every read.
     Raises SourceError, or TransientError where the storage fails.
     """
     digest, total = hashlib.sha256(), 0
@@ -38,6 +39,7 @@ def content_fingerprint(path: str, full: bool = False, source: str = "source") -
                     opened.seek(offset)
                     while length > 0 and (chunk := opened.read(min(length, ENDS))):
                         digest.update(chunk)
+                        beat()
                         length -= len(chunk)
     except OSError as error:
         raise failure(source, error) from error

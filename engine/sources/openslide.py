@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from threading import Lock
@@ -16,10 +17,11 @@ import openslide
 from jaxtyping import UInt8
 
 from patchmill.errors import SourceError, TransientError
+from patchmill.sources.cells import CellsByRectangle
 from patchmill.sources.files import check_readable
 from patchmill.types import Level, SourceRef
 
-__all__ = ["OpenSlideSlide"]
+__all__ = ["Facts", "OpenSlideSlide", "facts_of"]
 
 CACHE_BYTES = 64 << 20  # decoded tiles kept per process, for all its slides: strips and blocks share seams through it
 STRIP = 256  # rows that are read in one call, so that what OpenSlide and Pillow hold beside the result stays small
@@ -34,7 +36,16 @@ KEPT = {  # property of OpenSlide -> our name and type; nothing else of a file's
 }
 
 
-class OpenSlideSlide:
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What OpenSlide says of a file, as a `Slide` tells it."""
+
+    levels: tuple[Level, ...]
+    mpp: float
+    metadata: Mapping[str, str | int | float]
+
+
+class OpenSlideSlide(CellsByRectangle):
     """A slide that OpenSlide opens. Safe to read from several threads at once.
 
     OpenSlide's handles latch errors: after one failed read, every later one fails. So a failed read replaces the
@@ -52,24 +63,20 @@ class OpenSlideSlide:
         check_readable(ref)
         handle = self._open()
         self._handle: openslide.OpenSlide | None = handle
-        try:
-            properties = dict(handle.properties)
-            sizes, downsamples = handle.level_dimensions, handle.level_downsamples
-        except openslide.OpenSlideError as error:
-            raise self._failed("its properties cannot be read", error) from error
         self.reader = f"openslide {openslide.__library_version__}"
-        self.levels = tuple(Level(w, h, float(d)) for (w, h), d in zip(sizes, downsamples, strict=True))
-        self.mpp = ref.mpp if ref.mpp is not None else mpp_of(properties, ref.id)
-        if not (math.isfinite(self.mpp) and self.mpp > 0):
-            raise SourceError(ref.id, f"{self.mpp} is no resolution", "use --mpp-override with µm per pixel, as 0.25")
-        self.metadata: Mapping[str, str | int | float] = metadata_of(properties, len(self.levels))
+        facts = facts_of(handle, ref)
+        self.levels, self.mpp, self.metadata = facts.levels, facts.mpp, facts.metadata
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
+    def read(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of a rectangle of one level, in that level's own pixels; transparent and outside areas are white.
 
         Equal to OpenSlide's `read_region` wherever that is opaque. Raises SourceError if the file cannot be decoded
         there, TransientError if the file has gone.
         """
+        if shrink != 1:
+            raise ValueError("OpenSlide decodes at full scale only")
         handle = self._handle
         if handle is None:
             raise SourceError(self._ref.id, "it is read after it was closed", "keep it open until the last read")
@@ -130,6 +137,33 @@ def strips(y: int, height: int, *, whole: bool) -> Iterator[tuple[int, int]]:
     """
     cuts = [] if whole else range((y // STRIP + 1) * STRIP, y + height, STRIP)
     return pairwise([y, *cuts, y + height])
+
+
+def facts_of(handle: openslide.OpenSlide, ref: SourceRef) -> Facts:
+    """Levels, mpp (ref's, if it has one) and the metadata that may be kept. Raises SourceError."""
+    try:
+        properties = dict(handle.properties)
+        sizes, downsamples = handle.level_dimensions, handle.level_downsamples
+    except openslide.OpenSlideError as error:
+        wrong = f"its properties cannot be read ({type(error).__name__})"
+        raise SourceError(ref.id, wrong, "check the file or copy it again") from error
+    mpp = ref.mpp if ref.mpp is not None else mpp_of(properties, ref.id)
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise SourceError(ref.id, f"{mpp} is no resolution", "use --mpp-override with µm per pixel, as 0.25")
+    levels = tuple(
+        Level(w, h, float(d), tile_of(properties, i))
+        for i, ((w, h), d) in enumerate(zip(sizes, downsamples, strict=True))
+    )
+    return Facts(levels, mpp, metadata_of(properties, len(levels)))
+
+
+def tile_of(properties: Mapping[str, str], level: int) -> tuple[int, int]:
+    """Width and height of the file's own tiles on a level; 512 px where OpenSlide tells none, or one out of bounds."""
+    try:
+        size = tuple(int(properties[f"openslide.level[{level}].tile-{side}"]) for side in ("width", "height"))
+    except (KeyError, ValueError):
+        return (512, 512)
+    return (size[0], size[1]) if all(64 <= side <= 1024 for side in size) else (512, 512)
 
 
 def mpp_of(properties: Mapping[str, str], source: str) -> float:

@@ -1,5 +1,6 @@
 """One shard from pixels to acknowledged rows: the whole way at a glance."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,35 +8,48 @@ import numpy as np
 from patchmill.archive import SourceStore
 from patchmill.kernels import pack
 from patchmill.plan import blocks
+from patchmill.sources import PatientSlide
 from patchmill.stream.batcher import Batcher
 from patchmill.stream.clock import StageClock
-from patchmill.types import VALID_GOOD, Plan, Shard, ShardResult, Slide
+from patchmill.stream.mosaic import Mosaic, readable_tiles
+from patchmill.types import VALID_GOOD, VALID_UNREADABLE, Plan, Shard, ShardResult
 
 __all__ = ["embed_shard"]
 
 
 def embed_shard(
-    shard: Shard, slide: Slide, plan: Plan, batcher: Batcher, store: SourceStore, provenance: Mapping[str, str]
+    shard: Shard, slide: PatientSlide, plan: Plan, batcher: Batcher, store: SourceStore, provenance: Mapping[str, str]
 ) -> ShardResult:
-    """Read, embed and commit one shard: all of it or nothing.
+    """Read, embed and commit one shard: all of it or nothing. Tiles on damaged parts of the file are marked unreadable.
 
-    Raises SourceError where the slide cannot be decoded or a vector overflows float16, and what stopped the encoder.
+    Raises SourceError where the file can be read no more or a vector overflows float16, TransientError where its storage
+    fails, and what stopped the encoder.
     """
-    clock, pixels_read = StageClock(), 0
+    clock = StageClock()
+    level = slide.levels[plan.level].shrunk(plan.shrink)
+    side = math.ceil(plan.extent - 1e-6)
+    parts = list(blocks(plan, level, shard.start, shard.stop))  # in the order of the file
+    mosaic = Mosaic(slide, plan, parts, clock)
+    valid = np.full(shard.rows, VALID_GOOD, np.uint8)
     with batcher.shard(shard.rows, label=shard.source) as opened:
-        for block in blocks(plan, shard.start, shard.stop):  # file order
-            with clock.reading():
-                pixels = slide.read(block.level, block.x, block.y, block.width, block.height)
-            pixels_read += block.width * block.height
-            for first, out in batcher.slots(opened, block.start - shard.start, block.stop - block.start, clock):
+        for number, block in enumerate(parts):
+            where = mosaic.load(number)
+            row = block.start - shard.start
+            valid[row : row + len(block.origins)][~readable_tiles(block, where, level.tile, side)] = VALID_UNREADABLE
+            for first, out in batcher.slots(opened, row, len(block.origins), clock):
                 with clock.stage("resample"):
-                    pack(pixels, block.origins[first : first + len(out)], plan.extent, out)
-            del pixels  # before the next block is read, not after
+                    pack(mosaic.cells, where, block.origins[first : first + len(out)], plan.extent, out)
+        pixels = mosaic.pixels_decoded
+        del mosaic  # its memory, before the wait
         with clock.stage("encode"):
             batcher.wait(opened)
         vectors = opened.vectors
     with clock.stage("write"):
-        store.commit(shard, vectors, np.full(shard.rows, VALID_GOOD, np.uint8), provenance)
+        store.commit(shard, vectors, valid, provenance)
     return ShardResult(
-        shard=shard, seconds=clock.seconds, pixels_read=pixels_read, pixels_covered=shard.rows * plan.extent**2
+        shard=shard,
+        seconds=clock.seconds,
+        pixels_read=pixels,
+        pixels_covered=shard.rows * plan.extent**2,
+        unreadable=int((valid == VALID_UNREADABLE).sum()),
     )

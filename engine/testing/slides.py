@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
 from patchmill.errors import SourceError
+from patchmill.sources.cells import CellsByRectangle
 from patchmill.sources.files import check_readable
 from patchmill.testing.pyramids import write_pyramid
 from patchmill.types import Level, SourceRef
@@ -24,7 +25,7 @@ LEAST = (150, 70, 130)  # the darkest purple of the stained disc; the pattern ad
 
 
 @dataclass(eq=False)
-class FormulaSlide:
+class FormulaSlide(CellsByRectangle):
     """A slide that computes its pixels: a stained disc with a pattern on glass. Satisfies `Slide`.
 
     The pattern tells places apart: red changes from pixel to pixel, with the level and the seed, green changes along x
@@ -51,7 +52,9 @@ class FormulaSlide:
         self.levels = tuple(Level(*size) for size in sizes)
         self._reads = count()
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
+    def read(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of a rectangle of one level; white outside."""
         if self.abort_after is not None and next(self._reads) >= self.abort_after:
             os.abort()
@@ -101,7 +104,7 @@ class FormulaSlide:
         return across[None, :] <= half[:, None]
 
 
-class ArraySlide:
+class ArraySlide(CellsByRectangle):
     """A slide that is held in memory; its coarser levels are means of whole squares of pixels. Satisfies `Slide`."""
 
     reader = "array 1"
@@ -114,7 +117,9 @@ class ArraySlide:
         sizes = [level.shape for level in self._pixels]
         self.levels = tuple(Level(w, h, float(factor)) for (h, w, _), factor in zip(sizes, factors, strict=True))
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
+    def read(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of a rectangle of one level; white outside."""
         pixels = np.full((height, width, 3), 255, np.uint8)
         held = self._pixels[level][max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]

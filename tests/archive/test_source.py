@@ -71,12 +71,19 @@ def test_the_digest_depends_on_bytes_alone(tmp_path, small_of):
 
 
 def test_a_shard_of_unreadable_rows_is_stored(small):
-    small.valid[:] = 2
+    small.valid[1:] = 2
     small.embed()
     vectors, valid = small.store.read(*small.keys, "cls")
-    assert np.isnan(vectors).all()
-    assert (valid == 2).all()
-    assert small.store.completion(*small.keys).unreadable == 41
+    assert np.isnan(vectors[1:]).all()
+    assert (valid[1:] == 2).all()
+    assert small.store.completion(*small.keys).unreadable == 40
+
+
+def test_a_source_without_a_readable_row_does_not_complete(small):
+    small.valid[:] = 2
+    with pytest.raises(SourceError, match="none of its 41 tiles can be decoded"):
+        small.embed()
+    assert small.store.completion(*small.keys) is None
 
 
 def test_nothing_is_read_before_all_is_there(small):

@@ -97,16 +97,18 @@ def test_a_failing_source_leaves_the_others_alone(tmp_path):
     report = run(tmp_path / "archive", *sources, missing)
     found = {outcome.path.rsplit("/", 1)[1]: outcome for outcome in report.outcomes}
     assert found["a.json"].outcome == found["b.json"].outcome == "complete"
-    assert found["broken.json"].outcome == found["small.json"].outcome == found["missing.json"].outcome == "failed"
-    assert "undecodable" in found["broken.json"].wrong
+    assert found["small.json"].outcome == found["missing.json"].outcome == "failed"
+    assert found["broken.json"].outcome == "complete"  # all but the tiles on its damaged part
+    assert 0 < found["broken.json"].unreadable < found["broken.json"].rows
     stored = next((tmp_path / "archive").glob("runs/*/report.json")).read_text()
     assert "missing.json" not in stored  # records name ids
     assert found["missing.json"].source in stored
 
 
 def test_a_second_run_skips_what_is_complete_and_retries_what_failed(tmp_path):
-    good, bad = slides(tmp_path, good={}, bad={"fail_at": [300, 300]})
-    run(tmp_path / "archive", good, bad)
+    good, bad = slides(tmp_path, good={}, bad={"width": 250, "height": 250, "fail_at": [100, 100]})
+    report = run(tmp_path / "archive", good, bad)
+    assert "can be decoded" in next(each.wrong for each in report.outcomes if each.path == str(bad))
     write_formula(bad, width=640, height=640)  # repaired
     report = run(tmp_path / "archive", good, bad)
     found = {outcome.path.rsplit("/", 1)[1]: outcome for outcome in report.outcomes}
@@ -175,3 +177,12 @@ def test_a_worker_that_dies_opening_the_encoder_is_one_clear_error(tmp_path):
             doors=replace(null_doors(), open_gated=die),
         )
     assert not list((tmp_path / "archive").glob("runs/*/open/*"))  # no source is suspected
+
+
+def test_a_stalled_source_fails_and_the_others_go_on(tmp_path):
+    stalled, good = slides(tmp_path, stalled={"delay": 3600}, good={})
+    report = run(tmp_path / "archive", stalled, good, settings={"read_timeout": 1.0})
+    found = {outcome.path.rsplit("/", 1)[1]: outcome for outcome in report.outcomes}
+    assert found["good.json"].outcome == "complete"
+    assert found["stalled.json"].outcome == "transient"
+    assert "has not answered for 1 s" in found["stalled.json"].wrong

@@ -22,7 +22,7 @@ def random_block(seed, height, width):
 
 def packed(block, origins, extent, pixels, how=pack):
     out = np.full((len(origins), pixels, pixels, 3), 7, np.uint8)
-    how(block, np.array(origins, np.int32).reshape(-1, 2), extent, out)
+    how(block[None], np.zeros((1, 1), np.int32), np.array(origins, np.int32).reshape(-1, 2), extent, out)
     return out
 
 
@@ -97,7 +97,7 @@ def test_pixels_beside_the_tile_do_not_leak():
 def test_only_its_slice_of_a_buffer_is_written():
     buffer = np.full((6, 8, 8, 3), 9, np.uint8)
     block = random_block(1, 32, 32)
-    pack(block, np.array([[0, 0], [16, 16]], np.int32), 16.0, buffer[2:4])
+    pack(block[None], np.zeros((1, 1), np.int32), np.array([[0, 0], [16, 16]], np.int32), 16.0, buffer[2:4])
     assert (buffer[:2] == 9).all()
     assert (buffer[4:] == 9).all()
     assert np.array_equal(buffer[3], packed(block, [(16, 16)], 16.0, 8)[0])
@@ -120,9 +120,13 @@ def test_refuses_what_would_leave_the_block(how, origins, extent, match):
         packed(random_block(0, 20, 20), origins, extent, 8, how)
 
 
+def short_of_one(cells, where, origins, extent, out):
+    pack(cells, where, origins, extent, out[1:])
+
+
 def test_refuses_a_buffer_of_another_length():
     with pytest.raises(ValueError, match="do not fit"):
-        pack(random_block(0, 20, 20), np.zeros((2, 2), np.int32), 16.0, np.empty((3, 8, 8, 3), np.uint8))
+        packed(random_block(0, 20, 20), np.zeros((2, 2), np.int32), 16.0, 8, how=short_of_one)
 
 
 @given(st.integers(1, 300), st.floats(1, 9))
@@ -153,7 +157,7 @@ def test_threads_get_the_same_bytes():
 def test_works_where_no_folder_is_writable(tmp_path):
     """A container may have a read-only installation and no home: compiled code is then not kept, but it runs."""
     code = "import numpy as np; from patchmill.kernels import pack; out = np.empty((1, 4, 4, 3), np.uint8)\n"
-    code += "pack(np.full((9, 9, 3), 5, np.uint8), np.zeros((1, 2), np.int32), 8.5, out); assert (out == 5).all()"
+    code += "pack(np.full((1, 9, 9, 3), 5, np.uint8), np.zeros((1, 1), np.int32), np.zeros((1, 2), np.int32), 8.5, out); assert (out == 5).all()"
     installed = tmp_path / "patchmill"
     installed.mkdir()
     (installed / "__init__.py").touch()
@@ -167,3 +171,34 @@ def test_works_where_no_folder_is_writable(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+@given(st.integers(0, 99), st.integers(1, 12), st.floats(1, 4), st.integers(3, 9), st.integers(3, 9), st.integers(0, 3))
+@settings(deadline=None, max_examples=100)
+def test_a_block_in_cells_gives_the_same_bytes_as_in_one_piece(seed, pixels, ratio, high, wide, white):
+    """Cells lie in any order in memory; a place without a cell is white."""
+    rng = np.random.default_rng(seed)
+    side = math.ceil(pixels * ratio)
+    rows, columns = side // high + 2, side // wide + 2
+    numbers = rng.permutation(rows * columns).astype(np.int32)
+    cells = rng.integers(0, 256, (rows * columns, high, wide, 3), dtype=np.uint8)
+    where = numbers.reshape(rows, columns)
+    where.flat[rng.integers(0, where.size, white)] = -1
+    block = np.full((rows * high, columns * wide, 3), 255, np.uint8)
+    for (row, column), number in np.ndenumerate(where):
+        if number >= 0:
+            block[row * high : (row + 1) * high, column * wide : (column + 1) * wide] = cells[number]
+    limits = block.shape[1] - side + 1, block.shape[0] - side + 1
+    origins = rng.integers(0, limits, (4, 2)).astype(np.int32)
+    for how in (pack, reference.pack):
+        out = np.empty((4, pixels, pixels, 3), np.uint8)
+        how(cells, where, origins, pixels * ratio, out)
+        assert np.array_equal(out, packed(block, origins, pixels * ratio, pixels, how))
+
+
+def test_refuses_a_cell_that_is_not_there():
+    with pytest.raises(ValueError, match="there are 2 cells, but number 2 is used"):
+        pack(
+            np.zeros((2, 8, 8, 3), np.uint8), np.array([[0, 2]], np.int32), np.zeros((1, 2), np.int32), 8.0,
+            np.empty((1, 8, 8, 3), np.uint8),
+        )

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchmill.errors import SourceError
-from patchmill.plan.grid import block_order, block_side, cells_of, level_pixels, starts, to_level_0
+from patchmill.plan.grid import block_order, block_side, cells_of, cut_cells, level_pixels, starts, to_level_0
 from patchmill.plan.levels import choose_level
 from patchmill.types import Level
 
@@ -45,9 +45,21 @@ def test_block_order_equals_its_definition(columns, rows, block):
     assert list(zip(column[order].tolist(), row[order].tolist(), strict=True)) == slow
 
 
-@pytest.mark.parametrize(("step", "side"), [(1.0, 1536), (224.0, 6), (256.5, 5), (1536.0, 1), (1537.0, 1), (9e9, 1)])
-def test_block_side(step, side):
-    assert block_side(step) == side
+@pytest.mark.parametrize(
+    ("step", "cell", "side"),
+    [(1.0, 256, 2048), (224.0, 256, 8), (256.0, 256, 8), (112.0, 256, 16), (448.0, 512, 4), (3000.0, 256, 1), (9e9, 9, 1)],
+)
+def test_blocks_end_where_cells_do(step, cell, side):
+    assert block_side(step, cell) == side
+
+
+@given(st.floats(16, 3000), st.integers(64, 1024))
+def test_no_other_block_cuts_fewer_cells(step, cell):
+    side = block_side(step, cell)
+    assert side >= 1
+    assert side * step <= 2048 or side == 1
+    others = range(max(1, math.ceil(1024 / step)), int(2048 / step) + 1)
+    assert all(cut_cells(side * step, cell) <= cut_cells(other * step, cell) for other in others)
 
 
 def pyramid(*downsamples):

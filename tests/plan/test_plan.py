@@ -1,4 +1,5 @@
 import math
+from dataclasses import asdict, replace
 import tracemalloc
 
 import numpy as np
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchmill.errors import SourceError
+from patchmill.archive.records import plan_from
 from patchmill.kernels import pack
 from patchmill.plan import blocks, plan_slide
 from patchmill.plan.grid import level_pixels
@@ -14,7 +16,7 @@ from patchmill.plan.overview import MOST_PIXELS, read_overview
 from patchmill.plan.planner import tissue_fractions
 from patchmill.plan.tissue import TissueMask
 from patchmill.testing.slides import ArraySlide, FormulaSlide
-from patchmill.types import PlanSettings
+from patchmill.types import Level, PlanSettings
 
 
 class Counting:
@@ -79,38 +81,44 @@ def test_blocks_hold_every_row_once_and_give_the_same_tiles(downsamples, target,
     corners = level_pixels(plan.coords, plan.downsample)
     side = math.ceil(plan.extent)
     row = start
-    for block in blocks(plan, start, stop):
-        assert (block.start, block.level) == (row, plan.level)
+    for block in blocks(plan, level, start, stop):
+        assert block.start == row
         row = block.stop
         held = corners[block.start : block.stop]
-        assert np.array_equal(block.origins + np.array([block.x, block.y]), held)
-        assert 0 <= block.x <= block.x + block.width <= level.width
-        assert 0 <= block.y <= block.y + block.height <= level.height
-        assert max(block.width, block.height) <= 1536 + 2 * side
+        corner = np.array(block.corner) * 256
+        assert np.array_equal(block.origins + corner, held)
+        touched = {(x // 256, y // 256) for left, top in held.tolist() for x in (left, left + side - 1) for y in (top, top + side - 1)}
+        assert {tuple(cell) for cell in block.cells.tolist()} == touched
+        assert len(block.cells) == len(touched)
+        height, width = np.array(block.needed.shape) * 256
+        assert max(width, height) <= 2048 + 2 * side + 512
         together = np.empty((len(held), 48, 48, 3), np.uint8)
-        pack(slide.read(block.level, block.x, block.y, block.width, block.height), block.origins, plan.extent, together)
+        pixels = slide.read(plan.level, *corner.tolist(), int(width), int(height))[None]
+        one = np.zeros((1, 1), np.int32)
+        pack(pixels, one, block.origins, plan.extent, together)
         alone = np.empty((1, 48, 48, 3), np.uint8)
         for n in {0, len(held) // 2, len(held) - 1}:
             x, y = held[n].tolist()
-            pack(slide.read(plan.level, x, y, side, side), np.zeros((1, 2), np.int32), plan.extent, alone)
+            pack(slide.read(plan.level, x, y, side, side)[None], one, np.zeros((1, 2), np.int32), plan.extent, alone)
             assert np.array_equal(together[n], alone[0])
     assert row == stop
 
 
 def test_a_block_ends_where_the_grid_of_blocks_does():
     plan = whole_grid(FormulaSlide(6000, 5000, 0.5), tile=224)
-    assert plan.block == 6
-    sizes = [block.stop - block.start for block in blocks(plan, 0, plan.rows)]
-    assert sizes == [*3 * [36, 36, 36, 36, 2 * 6], 24, 24, 24, 24, 2 * 4]
-    cut = [(block.start, block.stop) for block in blocks(plan, 70, 100)]
-    assert cut == [(70, 72), (72, 100)]
+    assert plan.block == 8
+    level = Level(6000, 5000, 1.0)
+    sizes = [block.stop - block.start for block in blocks(plan, level, 0, plan.rows)]
+    assert sizes == [*2 * [64, 64, 64, 2 * 8], 48, 48, 48, 2 * 6]
+    cut = [(block.start, block.stop) for block in blocks(plan, level, 120, 150)]
+    assert cut == [(120, 128), (128, 150)]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 2), (0, 10**6)])
 def test_rows_that_the_plan_lacks_are_refused(start, stop):
     plan = whole_grid(FormulaSlide(2000, 2000, 0.5))
     with pytest.raises(ValueError, match="of a plan of"):
-        list(blocks(plan, start, stop))
+        list(blocks(plan, Level(2000, 2000, 1.0), start, stop))
 
 
 def test_the_order_is_deterministic():
@@ -147,7 +155,7 @@ def test_no_tissue_is_a_plan_without_rows():
     plan = plan_slide(FormulaSlide(4000, 3000, 0.5, disc=0), PlanSettings(), "s1")
     assert plan.rows == 0
     assert plan.coords.shape == (0, 2)
-    assert list(blocks(plan, 0, 0)) == []
+    assert list(blocks(plan, Level(4000, 3000, 1.0), 0, 0)) == []
 
 
 def test_a_tile_larger_than_the_slide_is_refused():
@@ -224,3 +232,43 @@ def test_the_overview_itself_is_bounded():
 
     overview = read_overview(Blank(200_000, 100_000, 0.5, (1, 16)))
     assert overview.rgb.shape[0] * overview.rgb.shape[1] <= MOST_PIXELS * 1.01
+
+
+class Shrinking(FormulaSlide):
+    """A slide whose codec could shrink."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.levels = tuple(replace(level, shrinks=(1, 2, 4)) for level in self.levels)
+
+
+@pytest.mark.parametrize(
+    ("mpp", "scaled", "shrink", "ratio", "own"),
+    [
+        (0.5, True, 1, 1.0, 0.5),
+        (0.9, True, 1, 1.8, 0.9),
+        (1.0, True, 2, 1.0, 1.0),
+        (1.02, True, 2, 1.0, 1.0),  # within 5 %, as with a level
+        (1.5, True, 2, 1.5, 1.5),
+        (2.0, True, 4, 1.0, 2.0),
+        (4.5, True, 4, 2.25, 4.5),
+        (2.0, False, 1, 4.0, 2.0),
+    ],
+)
+def test_a_codec_shrinks_where_the_ratio_allows_and_the_user_does(mpp, scaled, shrink, ratio, own):
+    plan = plan_slide(Shrinking(9000, 7001), PlanSettings(mpp=mpp, tissue="none", tile=64, scaled=scaled), "s1")
+    assert (plan.shrink, plan.downsample) == (shrink, shrink)
+    assert (plan.ratio, plan.mpp) == (pytest.approx(ratio), pytest.approx(own))
+    corners = level_pixels(plan.coords, plan.downsample)
+    assert (corners.max(axis=0) + plan.extent <= (9000 // shrink, 7001 // shrink)).all()
+    assert np.array_equal(corners * shrink, plan.coords)
+
+
+def test_scaled_decoding_is_part_of_the_key_and_plans_from_before_it_are_exact():
+    scaled, exact = PlanSettings(), PlanSettings(scaled=False)
+    assert scaled.key != exact.key
+    assert "scaled decoding" in scaled.describe()
+    assert "exact decoding" in exact.describe()
+    before = {name: value for name, value in asdict(exact).items() if name != "scaled"}
+    assert plan_from(before) == exact
+    assert plan_from(asdict(scaled)) == scaled

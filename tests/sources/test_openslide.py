@@ -48,7 +48,7 @@ class TestOpenSlideOnRealSlide(SlideContract):
 
 
 def test_pixels_are_those_that_were_written(pyramid):
-    slide, truth = sources.open_slide(ref(pyramid)), FormulaSlide(2048, 1536, 0.25, (1, 4, 16))
+    slide, truth = sources.OpenSlideSlide(ref(pyramid)), FormulaSlide(2048, 1536, 0.25, (1, 4, 16))
     assert slide.mpp == pytest.approx(0.25, rel=1e-4)
     assert slide.levels == truth.levels
     for level in range(3):
@@ -119,8 +119,8 @@ def test_a_slide_without_mpp_is_refused_unless_it_is_given(tmp_path):
     path = tmp_path / "no-mpp.tif"
     write_pyramid(path, FormulaSlide(600, 500), resolution=False)
     with pytest.raises(SourceError, match=r"^s1: it has no mpp; .*--mpp-override"):
-        sources.open_slide(ref(path))
-    slide = sources.open_slide(ref(path, mpp=0.25))
+        sources.OpenSlideSlide(ref(path))
+    slide = sources.OpenSlideSlide(ref(path, mpp=0.25))
     assert slide.mpp == 0.25
     slide.close()
 
@@ -179,7 +179,7 @@ def test_transparency_is_laid_on_white():
 
 def failing(path, monkeypatch=None):
     with pytest.raises(SourceError) as caught:
-        sources.open_slide(ref(path))
+        sources.OpenSlideSlide(ref(path))
     assert caught.value.where == "s1"
     assert str(path) not in str(caught.value)
     assert Path(path).name not in str(caught.value)
@@ -245,7 +245,7 @@ def test_damage_inside_fails_there_and_only_there(tmp_path):
     for tile in lost:
         content[offsets[tile] : offsets[tile] + lengths[tile]] = b"\xff" * lengths[tile]
     path.write_bytes(content)
-    slide = sources.open_slide(ref(path))
+    slide = sources.OpenSlideSlide(ref(path))
     for _ in range(2):
         for tile in range(64):
             x, y = tile % 8 * 256, tile // 8 * 256
@@ -261,7 +261,7 @@ def test_damage_inside_fails_there_and_only_there(tmp_path):
 def test_a_file_that_vanishes_while_it_is_read(tmp_path, monkeypatch):
     path = tmp_path / "vanishing.tif"
     write_pyramid(path, FormulaSlide(512, 512, 0.5))
-    slide = sources.open_slide(ref(path))
+    slide = sources.OpenSlideSlide(ref(path))
 
     def fail(*args):
         path.unlink(missing_ok=True)
@@ -274,7 +274,7 @@ def test_a_file_that_vanishes_while_it_is_read(tmp_path, monkeypatch):
 
 
 def test_reading_after_closing_is_refused(pyramid):
-    slide = sources.open_slide(ref(pyramid))
+    slide = sources.OpenSlideSlide(ref(pyramid))
     slide.close()
     with pytest.raises(SourceError, match="after it was closed"):
         slide.read(0, 0, 0, 10, 10)
@@ -284,7 +284,7 @@ def test_closing_closes_the_file(pyramid, monkeypatch):
     closed = []
     real = openslide.lowlevel.close
     monkeypatch.setattr(openslide.lowlevel, "close", lambda handle: (closed.append(1), real(handle)))
-    slide = sources.open_slide(ref(pyramid))
+    slide = sources.OpenSlideSlide(ref(pyramid))
     slide.close()
     assert closed == [1]
 
@@ -292,6 +292,6 @@ def test_closing_closes_the_file(pyramid, monkeypatch):
 def test_an_array_becomes_a_pyramid(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (500, 700, 3), dtype=np.uint8)
     write_pyramid(tmp_path / "array.tif", ArraySlide(pixels, 0.25, (1, 2)), codec="deflate", tile=64)
-    slide = sources.open_slide(ref(tmp_path / "array.tif"))
+    slide = sources.OpenSlideSlide(ref(tmp_path / "array.tif"))
     assert np.array_equal(slide.read(0, 0, 0, 700, 500), pixels)
     slide.close()

@@ -5,7 +5,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +12,10 @@ import pytest
 
 from patchmill import kernels
 from patchmill.archive import Archive, SourceEntry, verify
-from patchmill.errors import EncoderError, SourceError
+from patchmill.errors import EncoderError, SourceError, TransientError
 from patchmill.kernels import reference
 from patchmill.plan import blocks, plan_slide
+from patchmill.sources import Patience, PatientSlide
 from patchmill.stream import Batcher, embed_shard
 from patchmill.testing.encoders import NullEncoder
 from patchmill.testing.slides import ArraySlide, FormulaSlide
@@ -26,15 +26,15 @@ NONE = PlanSettings(tile=32, tissue="none")
 
 
 class Counting(FormulaSlide):
-    """Remembers what was read."""
+    """Remembers which cells were fetched."""
 
     def __post_init__(self):
         super().__post_init__()
-        self.rectangles = []
+        self.cells = []
 
-    def read(self, level, x, y, width, height):
-        self.rectangles.append((level, x, y, width, height))
-        return super().read(level, x, y, width, height)
+    def fetch(self, level, cells):
+        self.cells += [tuple(cell) for cell in cells.tolist()]
+        return super().fetch(level, cells)
 
 
 @pytest.fixture
@@ -67,7 +67,9 @@ def batching(encoder, batch=7):
 
 
 def embedded(source, shard, batcher):
-    return embed_shard(shard, source.slide, source.plan, batcher, source.store, PROVENANCE)
+    with Patience(source.store.id, limit=60) as patience:
+        slide = PatientSlide(source.slide, patience)
+        return embed_shard(shard, slide, source.plan, batcher, source.store, PROVENANCE)
 
 
 def level_pixel(coordinate: int, downsample: float) -> int:
@@ -83,7 +85,8 @@ def alone(source, encoder, pack=reference.pack):
     rows = []
     for coordinates in plan.coords:
         x, y = (level_pixel(int(coordinate), plan.downsample) for coordinate in coordinates)
-        pack(source.slide.read(plan.level, x, y, side, side), np.zeros((1, 2), np.int32), plan.extent, out)
+        block = source.slide.read(plan.level, x, y, side, side)[None]
+        pack(block, np.zeros((1, 1), np.int32), np.zeros((1, 2), np.int32), plan.extent, out)
         rows.append(encoder(out)["mean"][0])
     return np.array(rows, np.float16)
 
@@ -141,7 +144,7 @@ def test_rows_equal_each_tile_alone_where_pixels_are_shrunk(archive, slide, pixe
 def test_a_slide_of_many_blocks_equals_each_tile_alone(archive):
     """Shards begin and end inside blocks, whose tiles are not in the order of the grid."""
     source = laid_out(archive, FormulaSlide(4500, 160, seed=9, disc=10), shard_rows=64)
-    assert sum(1 for _ in blocks(source.plan, 0, source.plan.rows)) == 3
+    assert sum(1 for _ in blocks(source.plan, source.slide.levels[0], 0, source.plan.rows)) == 3
     with batching(NullEncoder(32)) as batcher:
         for shard in source.shards:
             embedded(source, shard, batcher)
@@ -191,17 +194,15 @@ def test_every_commit_says_how_its_rows_were_made(archive):
 
 
 @pytest.mark.parametrize(("overlap", "mpp"), [(0, 0.5), (16, 0.5), (0, 0.3)])
-def test_pixels_read_are_those_asked_of_the_slide_and_covered_those_of_the_tiles(archive, overlap, mpp):
+def test_a_cell_is_decoded_once_per_shard_and_covered_those_of_the_tiles(archive, overlap, mpp):
     slide = Counting(4500, 160, mpp=mpp, disc=0.6)
     source = laid_out(archive, slide, replace(NONE, overlap=overlap), shard_rows=256)
-    slide.rectangles.clear()
     with batching(NullEncoder(32)) as batcher:
         for shard in source.shards:
-            before = len(slide.rectangles)
+            slide.cells.clear()
             result = embedded(source, shard, batcher)
-            read = slide.rectangles[before:]
-            assert len(read) == sum(1 for _ in blocks(source.plan, shard.start, shard.stop))  # each block once
-            assert result.pixels_read == sum(width * height for *_, width, height in read)
+            assert len(slide.cells) == len(set(slide.cells))  # each cell once
+            assert result.pixels_read == len(slide.cells) * 256 * 256
             assert result.pixels_covered == pytest.approx(shard.rows * (32 * source.plan.ratio) ** 2)
 
 
@@ -211,21 +212,75 @@ def test_a_whole_grid_is_read_once_and_overlap_is_covered_twice(archive):
     with batching(NullEncoder(32)) as batcher:
         (shard,) = whole.shards
         result = embedded(whole, shard, batcher)
-        assert result.pixels_read == result.pixels_covered == 640 * 480
+        assert result.pixels_read == 3 * 2 * 256 * 256
+        assert result.pixels_covered == 640 * 480
         (shard,) = double.shards
         result = embedded(double, shard, batcher)
-        assert result.pixels_read == 640 * 480
+        assert result.pixels_read == 3 * 2 * 256 * 256
         assert result.pixels_covered == 39 * 29 * 32 * 32
 
 
 def test_blocks_are_read_in_the_order_of_the_file(archive):
     slide = Counting(4500, 160)
     source = laid_out(archive, slide, shard_rows=1024)
-    slide.rectangles.clear()
     with batching(NullEncoder(32)) as batcher:
         embedded(source, source.shards[0], batcher)
-    assert len(slide.rectangles) == 3
-    assert all(first[1] + first[3] <= second[1] for first, second in pairwise(slide.rectangles))
+    assert slide.cells == [(column, 0) for column in range(18)]
+
+
+def test_background_is_not_decoded(archive):
+    """Cells that no tile of the plan touches are not even fetched."""
+    slide = Counting(3000, 3000, disc=0.2)
+    source = laid_out(archive, slide, replace(NONE, tissue="auto"), shard_rows=1024)
+    with batching(NullEncoder(32)) as batcher:
+        for shard in source.shards:
+            embedded(source, shard, batcher)
+    touched = {
+        (x // 256, y // 256)
+        for left, top in source.plan.coords.tolist()
+        for x in (left, left + 31)
+        for y in (top, top + 31)
+    }
+    assert set(slide.cells) == touched
+    assert len(touched) < 12 * 12 / 2
+
+
+@pytest.mark.parametrize("arena", [1, 3 * 256 * 256 * 3, 48 << 20])
+def test_a_small_arena_costs_time_but_no_pixel(archive, arena, monkeypatch):
+    monkeypatch.setattr("patchmill.stream.mosaic.MOST_BYTES", arena)
+    slide = Counting(6000, 2600, mpp=0.41, disc=0.6)
+    source = laid_out(archive, slide, replace(NONE, tile=48), shard_rows=8192)
+    with batching(NullEncoder(48)) as batcher:
+        for shard in source.shards:
+            result = embedded(source, shard, batcher)
+    assert result.pixels_read == len(slide.cells) * 256 * 256
+    assert (len(slide.cells) > len(set(slide.cells))) == (arena < 1 << 20)
+    some = SimpleNamespace(**{**vars(source), "plan": replace(source.plan, coords=source.plan.coords[::97])})
+    np.testing.assert_array_equal(stored(source)[::97], alone(some, NullEncoder(48), kernels.pack))
+
+
+def test_tiles_on_damaged_cells_are_marked_and_all_others_are_as_ever(archive):
+    settings = replace(NONE, overlap=8)
+    bad = laid_out(archive, FormulaSlide(700, 600, disc=0.6, fail_at=(300, 300)), settings)
+    good = laid_out(archive, FormulaSlide(700, 600, disc=0.6), settings)
+    with batching(NullEncoder(32)) as batcher:
+        results = [embedded(source, shard, batcher) for source in (bad, good) for shard in source.shards]
+    touched = (bad.plan.coords + 32 > 256).all(axis=1) & (bad.plan.coords < 512).all(axis=1)  # cell (1, 1)
+    assert sum(result.unreadable for result in results) == touched.sum() > 0
+    assert bad.store.complete(*bad.keys).unreadable == touched.sum()
+    vectors, valid = bad.store.read(*bad.keys, "mean")
+    assert np.array_equal(valid, np.where(touched, 2, 1))
+    assert np.isnan(vectors[touched]).all()
+    np.testing.assert_array_equal(vectors[~touched], stored(good)[~touched])
+
+
+def test_a_slide_of_which_nothing_can_be_read_does_not_complete(archive):
+    source = laid_out(archive, FormulaSlide(200, 200, fail_at=(100, 100)))
+    with batching(NullEncoder(32)) as batcher:
+        for shard in source.shards:
+            embedded(source, shard, batcher)
+    with pytest.raises(SourceError, match="none of its 36 tiles can be decoded"):
+        source.store.complete(*source.keys)
 
 
 # ---------------------------------------------------------------------------------------------------- what fails
@@ -238,15 +293,24 @@ def files_of(source):
     return [*arrays, *(source.store.folder / "commits").rglob("[0-9]*.json")]
 
 
+class Unmounted(FormulaSlide):
+    """Its storage goes away before the last block."""
+
+    def fetch(self, level, cells):
+        if cells[:, 0].max() > 16:
+            raise TransientError("bad", "unmounted", "mount it")
+        return super().fetch(level, cells)
+
+
 @pytest.mark.timeout(120)
 def test_a_slide_that_fails_commits_nothing_and_the_others_go_on(archive):
     """The failing read is that of the last block: tiles of the first ones are in batches with the neighbour's."""
-    bad = laid_out(archive, FormulaSlide(4500, 160, disc=10, fail_at=(4400, 100), source="bad"), shard_rows=1024)
+    bad = laid_out(archive, Unmounted(4500, 160, disc=10), shard_rows=1024)
     good = laid_out(archive, FormulaSlide(4500, 160, seed=5, disc=10), shard_rows=64)
     with batching(NullEncoder(32), batch=50) as batcher, ThreadPoolExecutor(3) as pool:
         failing = pool.submit(embedded, bad, bad.shards[0], batcher)
         going = [pool.submit(embedded, good, shard, batcher) for shard in good.shards]
-        with pytest.raises(SourceError, match="bad: undecodable"):
+        with pytest.raises(SourceError, match="unmounted"):
             failing.result(timeout=60)
         for future in going:
             future.result(timeout=60)
@@ -327,9 +391,12 @@ class Together:
     def __init__(self, slide, barrier):
         self.slide, self.barrier = slide, barrier
 
-    def read(self, *rectangle):
+    def __getattr__(self, name):
+        return getattr(self.slide, name)
+
+    def fetch(self, *cells):
         self.barrier.wait(timeout=60)
-        return self.slide.read(*rectangle)
+        return self.slide.fetch(*cells)
 
 
 @pytest.mark.timeout(120)

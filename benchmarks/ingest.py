@@ -1,0 +1,258 @@
+"""How fast tiles come out of files, beside the loader that others use and the bare codec; no encoder takes part."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+import openslide
+import simplejpeg
+import tifffile
+from jaxtyping import UInt8
+
+from patchmill.benchmarks.inputs import MPP, histology
+from patchmill.benchmarks.record import Record, Row, in_turns, machine, row, versions
+from patchmill.encoders.session import available_cores
+from patchmill.errors import UsageError
+from patchmill.kernels import pack
+from patchmill.plan import blocks, plan_slide
+from patchmill.sources import Patience, PatientSlide, open_slide
+from patchmill.stream.clock import StageClock
+from patchmill.stream.mosaic import Mosaic
+from patchmill.types import Plan, PlanSettings, Slide, SourceRef
+
+__all__ = ["bench_ingest"]
+
+BATCH = 64
+PEER_TILES = 192  # per round of the peers' loader, which is slow
+CODECS: dict[str, dict[str, Any]] = {
+    "jpeg": {"compression": "jpeg", "compressionargs": {"level": 85}, "photometric": "ycbcr", "subsampling": (2, 2)},
+    "jpeg2000": {"compression": 33005, "compressionargs": {"level": 40}},
+    "deflate": {"compression": "zlib", "predictor": True},
+}
+Codec = Literal["jpeg", "jpeg2000", "deflate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One way to tile one file."""
+
+    name: str
+    path: Path
+    settings: PlanSettings
+    reader: str = "auto"
+
+
+def bench_ingest(inputs: Sequence[Path] = (), *, tiles: int = 16, rounds: int = 5) -> Record:
+    """Tiles per second into batch buffers, per core and for all cores: per format, at ratio 1, 2 and 4, with overlap.
+
+    inputs: slides of one's own; else three files of `tiles` x `tiles` real tiles are made, without coarser levels. Ratios
+    are of the target mpp to the finest level's. Baseline: the loader that other pipelines have, on as many cores. Limit:
+    the codec alone, on the same encoded tiles, once each, from memory.
+    """
+    rows: list[Row] = []
+    notes = [
+        f"tiles of 224 px; peers' loader: one read_region a tile, Pillow, float tensor and normalisation as torchvision "
+        f"does them, torch DataLoader with a worker per core, OpenSlide's own cache; {PEER_TILES} tiles a round",
+        "one core: the thread and its helpers are bound to it",
+    ]
+    with TemporaryDirectory() as folder:
+        for case in cases_of(list(inputs), Path(folder), tiles):
+            found, note = measured(case, rounds)
+            rows += found
+            notes.append(note)
+    return Record(benchmark="ingest", machine=machine(), versions=versions(), rows=tuple(rows), notes=tuple(notes))
+
+
+def cases_of(inputs: list[Path], folder: Path, tiles: int) -> Iterator[Case]:
+    """What is measured: own slides as they are, or one file per codec."""
+    whole = PlanSettings(mpp=MPP, tissue="none")
+    twice = replace(whole, mpp=2 * MPP)
+    if inputs:
+        for path in inputs:
+            yield Case(f"{path.name}, as planned", path, PlanSettings())
+            yield Case(f"{path.name}, OpenSlide", path, PlanSettings(), "openslide")
+        return
+    made = {codec: folder / f"{codec}.svs" for codec in CODECS}
+    for codec, path in made.items():
+        write(path, histology(tiles), codec)
+        yield Case(f"{codec}, ratio 1", path, whole)
+    jpeg = made["jpeg"]
+    yield Case("jpeg, ratio 1, half overlap", jpeg, replace(whole, overlap=112))
+    yield Case("jpeg, ratio 2, exact", jpeg, replace(twice, scaled=False))
+    yield Case("jpeg, ratio 2, scaled", jpeg, twice)
+    yield Case("jpeg, ratio 4, exact", jpeg, replace(whole, mpp=4 * MPP, scaled=False))
+    yield Case("jpeg, ratio 4, scaled", jpeg, replace(whole, mpp=4 * MPP))
+    yield Case("jpeg, ratio 1, OpenSlide", jpeg, whole, "openslide")
+
+
+def write(path: Path, pixels: UInt8[np.ndarray, "h w 3"], codec: str) -> None:
+    """One level at 0.5 µm/px in tiles of 256 px, as an Aperio file, which may hold every codec."""
+    h, w, _ = pixels.shape
+    text = f"Aperio Image Library v1\r\n{w}x{h} (256x256) |AppMag = 20|MPP = {MPP}"
+    tifffile.imwrite(path, pixels, tile=(256, 256), description=text, metadata=None, **CODECS[codec])
+
+
+def measured(case: Case, rounds: int) -> tuple[list[Row], str]:
+    """The rows of one case, and what a reader must know of it."""
+    ref = SourceRef(id=case.name, path=str(case.path), reader=case.reader)
+    slide = open_slide(ref)
+    try:
+        plan = plan_slide(slide, case.settings, case.name)
+        if not plan.rows:
+            raise UsageError("--input", f"{case.path} has no tile of tissue", "name another slide")
+        level = slide.levels[plan.level].shrunk(plan.shrink)
+        cores = available_cores()
+        codec = bare_codec(slide, plan)
+        runs: dict[str, Callable[[], float]] = {}
+        for number in sorted({1, cores}):
+            runs[f"ours {number}"] = lambda n=number: on(n, lambda: ours(slide, plan, n))  # type: ignore[misc]
+            runs[f"peers {number}"] = lambda n=number: on(n, lambda: peers(case.path, plan, n))  # type: ignore[misc]
+            if codec is not None:
+                runs[f"codec {number}"] = lambda n=number: on(n, lambda: in_threads(codec, n, plan.rows))  # type: ignore[misc]
+        values = in_turns({f"{case.name}: {name}": run for name, run in runs.items()}, rounds)
+        values = {name.removeprefix(f"{case.name}: "): found for name, found in values.items()}
+    finally:
+        slide.close()
+    found: list[Row] = []
+    for number in sorted({1, cores}):
+        label = f"{case.name}, {number} core{'s' if number > 1 else ''}"
+        bare = values.get(f"codec {number}")
+        found.append(
+            row(
+                label,
+                values[f"ours {number}"],
+                "tiles/s",
+                baseline=(f"peers' loader, {number}", values[f"peers {number}"]),
+                limit=None if bare is None else ("bare codec", bare),
+            )
+        )
+        found.append(row(f"{label}: peers' loader", values[f"peers {number}"], "tiles/s"))
+        if bare is not None:
+            found.append(row(f"{label}: bare codec", bare, "tiles/s"))
+    if cores > 1:
+        one = (f"{case.name}, 1 core", values["ours 1"])
+        found.append(row(f"{case.name}, {cores} cores to one", values[f"ours {cores}"], "tiles/s", baseline=one))
+    covered = plan.extent**2 * plan.downsample**2 / 1e6
+    name = f"{case.name}: {slide.reader}; {plan.rows} tiles of {covered:.3f} level-0 megapixels"
+    return found, f"{name}; decoded at 1/{plan.shrink}, cells of {level.tile[0]} px"
+
+
+@contextmanager
+def bound_to(cores: int) -> Iterator[None]:
+    """This thread, and those that it starts, on so many cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(before)[:cores]))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def on(cores: int, run: Callable[[], float]) -> float:
+    with bound_to(cores):
+        return run()
+
+
+def ours(slide: Slide, plan: Plan, threads: int) -> float:
+    """Tiles per second from file to batch buffers, with what `embed` does up to its encoder."""
+    cuts = np.linspace(0, plan.rows, threads + 1).astype(int)
+    level = slide.levels[plan.level].shrunk(plan.shrink)
+
+    def work(first: int, last: int) -> None:
+        with Patience("bench") as patience:
+            parts = list(blocks(plan, level, first, last))
+            mosaic = Mosaic(PatientSlide(slide, patience), plan, parts, StageClock())
+            batch = np.empty((BATCH, plan.settings.tile, plan.settings.tile, 3), np.uint8)
+            for number, block in enumerate(parts):
+                where = mosaic.load(number)
+                for at in range(0, len(block.origins), BATCH):
+                    origins = block.origins[at : at + BATCH]
+                    pack(mosaic.cells, where, origins, plan.extent, batch[: len(origins)])
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, cuts[:-1].tolist(), cuts[1:].tolist()))
+    return plan.rows / (time.perf_counter() - start)
+
+
+def bare_codec(slide: Slide, plan: Plan) -> Callable[[], None] | None:
+    """Decodes every cell that the plan needs once, at full scale, from memory into one buffer; None through OpenSlide."""
+    if not slide.reader.startswith("tiff"):
+        return None
+    level = slide.levels[plan.level]
+    parts = blocks(plan, slide.levels[plan.level].shrunk(plan.shrink), 0, plan.rows)
+    cells = np.unique(np.concatenate([block.cells for block in parts]), axis=0)
+    encoded = slide.fetch(plan.level, cells)
+    w, h = level.tile
+    tiles = slide._tiles[plan.level]  # type: ignore[attr-defined]
+    codec, numbers = tiles.decode, (cells[:, 1] * tiles.across + cells[:, 0]).tolist()
+    jpeg = bytes(encoded[0][:3]) == b"\xff\xd8\xff" and b"\xff\xdb" in encoded[0]  # whole streams: no tables to add
+
+    def decode() -> None:
+        out = np.empty((h, w, 3), np.uint8)
+        if jpeg:
+            for data in encoded:
+                simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+        else:
+            for data, number in zip(encoded, numbers, strict=True):
+                codec(data, number, out, 1)
+
+    return decode
+
+
+def in_threads(codec: Callable[[], None], threads: int, tiles: int) -> float:
+    """Tiles of the plan per second if decoding were all: every thread decodes all cells."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda _: codec(), repeat(None, threads)))
+    return threads * tiles / (time.perf_counter() - start)
+
+
+class PeerTiles:
+    """A dataset as other pipelines have it: one region, one Pillow image, one normalised float tensor a tile."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        import torch
+
+        self._path, self._plan, self._slide = path, plan, None
+        self._coords = plan.coords[:PEER_TILES].tolist()
+        self._level = plan.level
+        self._side = round(plan.extent * plan.shrink)
+        self._mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+        self._std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self._coords)
+
+    def __getitem__(self, number: int) -> Any:
+        import torch
+
+        if self._slide is None:
+            self._slide = openslide.OpenSlide(self._path)
+        side, tile = self._side, self._plan.settings.tile
+        image = self._slide.read_region(tuple(self._coords[number]), self._level, (side, side)).convert("RGB")
+        if side != tile:
+            image = image.resize((tile, tile))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+        return pixels.sub_(self._mean).div_(self._std)
+
+
+def peers(path: Path, plan: Plan, cores: int) -> float:
+    """Tiles per second of the peers' loader; a single core has no worker process, as they advise."""
+    try:
+        from torch.utils.data import DataLoader
+    except ImportError as error:
+        raise UsageError("bench ingest", "PyTorch is the baseline and is not installed", "pip install torch") from error
+    data = PeerTiles(path, plan)
+    loader = DataLoader(data, batch_size=BATCH, num_workers=cores if cores > 1 else 0)  # type: ignore[arg-type,var-annotated]
+    start = time.perf_counter()
+    count = sum(len(batch) for batch in loader)
+    return count / (time.perf_counter() - start)

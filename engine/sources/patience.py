@@ -1,0 +1,119 @@
+"""Waiting for storage, but not for ever: a dead mount answers no read, and no read can be taken back."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+
+from patchmill.errors import TransientError
+from patchmill.types import Level, Slide
+
+__all__ = ["READ_TIMEOUT", "Patience", "PatientSlide"]
+
+READ_TIMEOUT = 120.0  # seconds; NFS with its usual `hard` mount retries for ever
+Value = TypeVar("Value")
+
+
+class Patience:
+    """A thread that waits for storage in place of its owner, who gives up after `limit` seconds without an answer.
+
+    The thread is left behind then, since nothing can end it; it is asked for nothing more, and does not keep the process
+    from ending.
+    """
+
+    def __init__(self, source: str, limit: float = READ_TIMEOUT) -> None:
+        """source: the id that errors name."""
+        self._source, self._limit = source, limit
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._beats = 0
+        self._stalled = False
+        threading.Thread(target=self._work, name="patchmill-storage", daemon=True).start()
+
+    def start(self, function: Callable[..., Value], *args: Any, **kwargs: Any) -> "Future[Value]":
+        """Begin what may take long; `result` waits for it. Several are carried out one after the other."""
+        future: Future[Value] = Future()
+        self._queue.put((future, lambda: function(*args, **kwargs)))
+        return future
+
+    def result(self, future: "Future[Value]") -> Value:
+        """What the function returned or raised; TransientError if nothing moved for `limit` seconds."""
+        while not self._stalled:
+            beats = self._beats
+            if wait([future], timeout=self._limit).done:
+                return future.result()
+            self._stalled = self._beats == beats
+        raise TransientError(
+            self._source, f"its storage has not answered for {self._limit:g} s", "see to its disk or mount, run again"
+        )
+
+    def run(self, function: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
+        """`start` and `result` in one."""
+        return self.result(self.start(function, *args, **kwargs))
+
+    def beat(self) -> None:
+        """Called by a function that takes long but moves: the limit counts from here."""
+        self._beats += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._queue.put(None)
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            future, function = item
+            try:
+                value = function()
+            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+            else:
+                future.set_result(value)
+            self._beats += 1
+            del item, future, function
+
+
+class PatientSlide:
+    """A slide whose storage is waited for with patience. Satisfies `Slide`."""
+
+    def __init__(self, slide: Slide, patience: Patience) -> None:
+        self._slide, self._patience = slide, patience
+        self.reader: str = slide.reader
+        self.levels: tuple[Level, ...] = slide.levels
+        self.mpp: float = slide.mpp
+        self.metadata: Mapping[str, str | int | float] = slide.metadata
+
+    def read(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """See `Slide`; raises TransientError if the storage does not answer."""
+        return self._patience.run(self._slide.read, level, x, y, width, height, shrink)
+
+    def fetch(self, level: int, cells: Int32[np.ndarray, "n 2"]) -> Sequence[Any]:
+        """See `Slide`; raises TransientError if the storage does not answer."""
+        return self._patience.run(self._slide.fetch, level, cells)
+
+    def fetch_ahead(self, level: int, cells: Int32[np.ndarray, "n 2"]) -> "Callable[[], Sequence[Any]]":
+        """Begin to fetch; what is returned waits for the end, and is `fetch` in all else."""
+        future = self._patience.start(self._slide.fetch, level, cells)
+        return lambda: self._patience.result(future)
+
+    def decode(
+        self,
+        level: int,
+        cells: Int32[np.ndarray, "n 2"],
+        fetched: Sequence[Any],
+        out: Sequence[UInt8[np.ndarray, "h w 3"]],
+        shrink: int = 1,
+    ) -> Bool[np.ndarray, " n"]:
+        """See `Slide`."""
+        return self._slide.decode(level, cells, fetched, out, shrink)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._slide.close()

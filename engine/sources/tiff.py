@@ -1,0 +1,302 @@
+"""Tiled TIFF files without a detour: encoded tiles go from the file to the codec, decoded ones to where they are wanted.
+
+Reads what a `Slide` needs of SVS, generic tiled TIFF, and OME-TIFF with 8-bit RGB tiles in JPEG, JPEG 2000, LZW,
+Deflate or none. tifffile reads the directories, libjpeg-turbo (simplejpeg) decodes JPEG, imagecodecs the rest. JPEG is
+decoded as OpenSlide does it, with the accurate integer inverse DCT and smooth ("fancy") chroma upsampling, so pixels are
+equal to OpenSlide's. What a slide is (levels, mpp, vendor) OpenSlide says wherever it opens the file.
+
+Everything else of a TIFF is refused here (`Unsupported`), and left to OpenSlide.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import openslide
+import simplejpeg
+import tifffile
+from jaxtyping import Bool, Int32, Int64, UInt8
+
+from patchmill.errors import SourceError
+from patchmill.sources.cells import read_cells, whiten_outside
+from patchmill.sources.files import check_readable, failure
+from patchmill.sources.openslide import Facts, facts_of
+from patchmill.types import Level, SourceRef
+
+__all__ = ["TiffSlide", "Unsupported"]
+
+VENDORS = frozenset({"aperio", "generic-tiff"})  # whose tiles lie on a plain grid; Ventana's overlap, others have holes
+JPEG, RGB, YCBCR = 7, 2, 6  # values of tags
+TILED_CODECS = frozenset({1, 5, 8, 32946, 33005, 34712})  # none, LZW, Deflate (two numbers), JPEG 2000 (two)
+MOST_ENCODED = 64 << 20  # bytes of a tile; more is a damaged directory
+GAP = 16 << 10  # bytes between two tiles that are read over rather than asked for twice
+ADOBE = {  # the marker that tells libjpeg which colours the stream holds
+    RGB: b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00",
+    YCBCR: b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01",
+}
+UNITS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3}  # of OME's PhysicalSize, in micrometres
+
+Decode = Callable[[bytes, int, UInt8[np.ndarray, "h w 3"], int], bool]  # encoded, number of the tile, out, shrink
+
+
+class Unsupported(Exception):  # noqa: N818 - no failure: another reader takes the file
+    """The file is none that this reader decodes exactly; the text says what it lacks."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiles:
+    """Where the encoded tiles of one level lie, and what decodes them."""
+
+    offsets: Int64[np.ndarray, " n"]
+    lengths: Int64[np.ndarray, " n"]
+    across: int  # tiles per row
+    decode: Decode
+
+
+class TiffSlide:
+    """A tiled TIFF whose tiles are decoded one by one. Safe to read from several threads at once."""
+
+    def __init__(self, ref: SourceRef) -> None:
+        """Open the file. Raises Unsupported, or SourceError and TransientError that name ref.id."""
+        check_readable(ref)
+        self._ref = ref
+        try:
+            self._file: File | None = File(ref.path)
+            with tifffile.TiffFile(ref.path) as opened:
+                facts, pages = facts_and_pages(opened, ref)
+                self._tiles = [tiles_of(page, self._file) for page in pages]
+        except OSError as error:
+            raise failure(ref.id, error) from error
+        except (Unsupported, SourceError):
+            raise
+        except Exception as error:  # a damaged directory makes tifffile raise anything at all
+            raise Unsupported(f"its directories cannot be read ({type(error).__name__})") from error
+        self.reader = f"tiff {tifffile.__version__}, simplejpeg {simplejpeg.__version__}"
+        self.mpp, self.metadata = facts.mpp, facts.metadata
+        self.levels = tuple(
+            replace(level, tile=(page.tilewidth, page.tilelength), shrinks=shrinks_of(page))
+            for level, page in zip(facts.levels, pages, strict=True)
+        )
+
+    def read(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """Pixels of a rectangle of one level; what lies outside it is white. Raises SourceError, TransientError."""
+        return read_cells(self, self._ref.id, level, x, y, width, height, shrink)
+
+    def fetch(self, level: int, cells: Int32[np.ndarray, "n 2"]) -> Sequence[bytes | None]:
+        """The encoded tiles, None for what lies beyond the end of the file. Neighbours in the file are read together.
+
+        Raises TransientError if the storage fails, SourceError if the file has become shorter.
+        """
+        file = self._file
+        if file is None:
+            raise SourceError(self._ref.id, "it is read after it was closed", "keep it open until the last read")
+        tiles = self._tiles[level]
+        numbers = cells[:, 1].astype(np.int64) * tiles.across + cells[:, 0]
+        try:
+            return file.read(tiles.offsets[numbers], tiles.lengths[numbers])
+        except OSError as error:
+            raise failure(self._ref.id, error) from error
+        except EOFError as error:
+            raise SourceError(self._ref.id, "it became shorter while it was read", "copy it again") from error
+
+    def decode(
+        self,
+        level: int,
+        cells: Int32[np.ndarray, "n 2"],
+        fetched: Sequence[Any],
+        out: Sequence[UInt8[np.ndarray, "h w 3"]],
+        shrink: int = 1,
+    ) -> Bool[np.ndarray, " n"]:
+        """Decode each tile into its array; returns which are readable."""
+        tiles, size = self._tiles[level], self.levels[level].shrunk(shrink)
+        right, bottom = size.width // size.tile[0], size.height // size.tile[1]  # cells before these are whole
+        readable = np.zeros(len(cells), bool)
+        for n, ((column, row), data, pixels) in enumerate(zip(cells.tolist(), fetched, out, strict=True)):
+            if data is not None and tiles.decode(data, row * tiles.across + column, pixels, shrink):
+                readable[n] = True
+                if column >= right or row >= bottom:
+                    whiten_outside(size, column, row, pixels)
+        return readable
+
+    def close(self) -> None:
+        """Release the file, at once or as soon as the last running read has returned."""
+        self._file = None
+
+
+class File:
+    """A file that is read at any place by any thread, and closed when nothing refers to it any more."""
+
+    def __init__(self, path: str) -> None:
+        self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self._number).st_size
+
+    def read(self, offsets: Int64[np.ndarray, " n"], lengths: Int64[np.ndarray, " n"]) -> list[bytes | None]:
+        """The bytes at each place, None beyond the end. Raises OSError, and EOFError if the file has been cut."""
+        found: list[bytes | None] = [None] * len(offsets)
+        inside = (offsets > 0) & (lengths > 0) & (lengths <= MOST_ENCODED) & (offsets <= self.size - lengths)
+        run: list[tuple[int, int, int]] = []  # number, offset, length of neighbours
+        end = 0
+        for number in np.argsort(offsets, kind="stable")[inside[np.argsort(offsets, kind="stable")]].tolist():
+            offset, length = int(offsets[number]), int(lengths[number])
+            if run and (offset > end + GAP or offset + length - run[0][1] > MOST_ENCODED):
+                self._take(run, end, found)
+                run = []
+            end = max(end, offset + length) if run else offset + length
+            run.append((number, offset, length))
+        if run:
+            self._take(run, end, found)
+        return found
+
+    def _take(self, run: list[tuple[int, int, int]], end: int, found: list[bytes | None]) -> None:
+        start = run[0][1]
+        data = os.pread(self._number, end - start, start)
+        while len(data) < end - start:  # a network may hand over less than was asked for
+            more = os.pread(self._number, end - start - len(data), start + len(data))
+            if not more:
+                raise EOFError
+            data += more
+        for number, offset, length in run:
+            found[number] = data[offset - start : offset - start + length]
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)
+
+
+# ------------------------------------------------------------------------------------------------------ what it is
+
+
+def facts_and_pages(opened: tifffile.TiffFile, ref: SourceRef) -> tuple[Facts, list[Any]]:
+    """The slide's description, and for each of its levels the directory that holds its tiles."""
+    if opened.is_ome:
+        pages = [level.pages[0] for level in opened.series[0].levels]
+        return ome_facts(opened, pages, ref), pages
+    try:
+        with openslide.OpenSlide(ref.path) as handle:
+            facts = facts_of(handle, ref)
+    except openslide.OpenSlideError as error:
+        raise Unsupported("OpenSlide does not know it") from error
+    if facts.metadata.get("vendor") not in VENDORS:
+        raise Unsupported(f"vendor {facts.metadata.get('vendor')}")
+    tiled = [page for page in opened.pages if page.is_tiled]
+    pages = []
+    for level in facts.levels:
+        fitting = [page for page in tiled if (page.imagewidth, page.imagelength) == (level.width, level.height)]
+        if len(fitting) != 1:
+            raise Unsupported("levels and directories do not match")
+        pages += fitting
+    return facts, pages
+
+
+def ome_facts(opened: tifffile.TiffFile, pages: Sequence[Any], ref: SourceRef) -> Facts:
+    """Levels and mpp of an OME-TIFF's first image. Raises SourceError where it has no mpp."""
+    levels = tuple(
+        Level(page.imagewidth, page.imagelength, pages[0].imagewidth / page.imagewidth) for page in pages
+    )
+    mpp = ref.mpp
+    if mpp is None:
+        images = tifffile.xml2dict(opened.ome_metadata or "")["OME"]["Image"]
+        facts = (images[0] if isinstance(images, list) else images)["Pixels"]
+        try:
+            x, y = (
+                float(facts[f"PhysicalSize{axis}"]) * UNITS[facts.get(f"PhysicalSize{axis}Unit", "µm")] for axis in "XY"
+            )
+        except KeyError as error:
+            raise SourceError(ref.id, "it has no mpp", "give µm per pixel with --mpp-override or a catalog") from error
+        if not (math.isfinite(x + y) and x > 0 and y > 0 and abs(x - y) <= 0.05 * min(x, y)):
+            raise SourceError(ref.id, f"its mpp is {x:g} x {y:g}", "give µm per pixel with --mpp-override")
+        mpp = (x + y) / 2
+    metadata: Mapping[str, str | int | float] = {"levels": len(levels), "vendor": "ome"}
+    return Facts(levels, mpp, metadata)
+
+
+def tiles_of(page: Any, file: File) -> Tiles:
+    """Where a directory's tiles lie and how they are decoded. Raises Unsupported for any that are not exact here."""
+    if (page.samplesperpixel, page.bitspersample, page.planarconfig) != (3, 8, 1) or page.sampleformat != 1:
+        raise Unsupported("not 8-bit RGB, pixel by pixel")
+    if not page.is_tiled or page.imagedepth != 1 or page.fillorder != 1:
+        raise Unsupported("not tiled")
+    if not (64 <= page.tilewidth <= 4096 and 64 <= page.tilelength <= 4096):
+        raise Unsupported("tiles of a size that is no use")
+    across, down = math.ceil(page.imagewidth / page.tilewidth), math.ceil(page.imagelength / page.tilelength)
+    offsets, lengths = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
+    if not len(offsets) == len(lengths) == across * down:
+        raise Unsupported("tiles are missing from its directory")
+    if (lengths == 0).any():
+        raise Unsupported("tiles are missing")  # each vendor fills such holes in its own way
+    if page.compression == JPEG:
+        decode = jpeg_decoder(page, next(iter(file.read(offsets[:1], lengths[:1]))))
+    elif page.compression in TILED_CODECS and page.photometric == RGB:
+        decode = other_decoder(page)
+    else:
+        raise Unsupported(f"compression {int(page.compression)}, photometric {int(page.photometric)}")
+    return Tiles(offsets, lengths, across, decode)
+
+
+def shrinks_of(page: Any) -> tuple[int, ...]:
+    """By which factors the codec may shrink: libjpeg leaves out high frequencies of its 8 x 8 transform.
+
+    Not by 8: strong colours at 4:2:0 then differ from their mean by more than two grey levels.
+    """
+    return (1, 2, 4) if page.compression == JPEG and page.tilewidth % 8 == page.tilelength % 8 == 0 else (1,)
+
+
+# ----------------------------------------------------------------------------------------------------------- codecs
+
+
+def jpeg_decoder(page: Any, sample: bytes | None) -> Decode:
+    """Decodes abbreviated or whole JPEG streams. sample: one of them. Raises Unsupported.
+
+    Colours are those that the directory names, as in OpenSlide and libtiff, whatever markers the stream itself has.
+    """
+    if page.photometric not in ADOBE:
+        raise Unsupported(f"JPEG with photometric {int(page.photometric)}")
+    if page.photometric == RGB and b"JFIF" in (sample or b"")[:32]:
+        raise Unsupported("JPEG that contradicts its directory")
+    tables = page.jpegtables
+    head = (tables[:-2] if tables else b"\xff\xd8") + ADOBE[page.photometric]
+
+    def decode(data: bytes, number: int, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
+        return decode_jpeg(head + data[2:], out, shrink)
+
+    return decode
+
+
+def decode_jpeg(data: bytes, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
+    """Decode a whole JPEG stream into an array that it must fill exactly; False where pixels of it are missing.
+
+    libjpeg goes on over damage and leaves grey; that is no pixel of the slide. Superfluous bytes between markers harm
+    nothing, and some scanners write them.
+    """
+    h, w, _ = out.shape
+    size = {"min_height": h, "min_width": w, "min_factor": shrink} if shrink > 1 else {}
+    for strict in (True, False):
+        try:
+            if shrink > 1 and simplejpeg.decode_jpeg_header(data, strict=False)[:2] != (h * shrink, w * shrink):
+                return False
+            pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out, strict=strict, **size)
+            return bool(pixels.shape == out.shape)
+        except ValueError as error:
+            if "extraneous bytes" not in str(error):
+                return False
+    return False
+
+
+def other_decoder(page: Any) -> Decode:
+    """Decodes with tifffile's own choice of codec, predictor and byte order."""
+    codec = page.decode
+
+    def decode(data: bytes, number: int, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
+        try:
+            pixels, _, _ = codec(data, number, _fullsize=True)
+            out[:] = pixels.reshape(out.shape)
+        except Exception:  # noqa: BLE001 - every codec has errors of its own; all of them say that the tile is damaged
+            return False
+        return True
+
+    return decode

@@ -1,0 +1,236 @@
+"""The direct reader against OpenSlide, pixel by pixel: on a real slide, and on files of every kind that it takes."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from PIL import Image
+
+from patchmill.errors import SourceError
+from patchmill.sources import OpenSlideSlide, TiffSlide, open_slide
+from patchmill.sources.tiff import Unsupported
+from patchmill.testing.contracts import SlideContract
+from patchmill.testing.slides import FormulaSlide, write_pyramid
+from patchmill.types import SourceRef
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "CMU-1-Small-Region.svs"
+APERIO = "Aperio Image Library v11.2.1\r\n{w}x{h} [0,0 {w}x{h}] (240x240) JPEG/RGB Q=70|AppMag = 20|MPP = 0.4990"
+
+
+def picture(height, width, seed=0):
+    """Smooth colours with some noise, as tissue has: neither flat nor beyond what a codec is made for."""
+    rng = np.random.default_rng(seed)
+    rough = Image.fromarray(rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8))
+    smooth = np.asarray(rough.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return np.clip(smooth + rng.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def write(path, codec="jpeg", tile=(256, 256), sizes=((900, 1100), (225, 275)), **options):
+    """A pyramid of directories, as OpenSlide's generic TIFF wants it; returns the path."""
+    options = {"jpeg": {"compressionargs": {"level": 85}}}.get(codec, {}) | options
+    with tifffile.TiffWriter(path, bigtiff=options.pop("bigtiff", False)) as file:
+        for number, (height, width) in enumerate(sizes):
+            file.write(
+                picture(height, width, number),
+                tile=tile,
+                photometric=options.get("photometric", "rgb"),
+                compression=None if codec == "none" else codec,
+                subfiletype=int(number > 0),
+                resolution=(20_000 / 4**number, 20_000 / 4**number),
+                resolutionunit="CENTIMETER",
+                metadata=None,
+                **{key: value for key, value in options.items() if key != "photometric"},
+            )
+    return path
+
+
+def write_svs(path, codec, sizes=((500, 700), (125, 175)), **options):
+    """An Aperio file: a thumbnail, not tiled, between the levels."""
+    with tifffile.TiffWriter(path) as file:
+        for number, (height, width) in enumerate(sizes):
+            text = APERIO.format(w=width, h=height) if number == 0 else "Aperio Image Library v11.2.1\r\n"
+            file.write(
+                picture(height, width), tile=(240, 240), compression=codec, description=text, metadata=None, **options
+            )
+            if number == 0:
+                file.write(picture(64, 90), description="Aperio Image Library v11.2.1\r\n", metadata=None)
+    return path
+
+
+def ref(path, **more):
+    return SourceRef(id="abc", path=str(path), **more)
+
+
+def assert_equal_to_openslide(path):
+    ours, theirs = TiffSlide(ref(path)), OpenSlideSlide(ref(path))
+    assert (ours.mpp, ours.metadata) == (theirs.mpp, theirs.metadata)
+    assert [(v.width, v.height, v.downsample) for v in ours.levels] == [
+        (v.width, v.height, v.downsample) for v in theirs.levels
+    ]
+    with openslide.OpenSlide(path) as handle:
+        for number, level in enumerate(ours.levels):
+            whole = np.asarray(handle.read_region((0, 0), number, (level.width, level.height)))
+            assert (whole[..., 3] == 255).all()
+            np.testing.assert_array_equal(ours.read(number, 0, 0, level.width, level.height), whole[..., :3])
+            around = np.pad(whole[..., :3], ((60, 60), (70, 70), (0, 0)), constant_values=255)
+            for x, y in ((-9, -5), (level.width - 50, -5), (-9, level.height - 40), (level.width - 50, level.height - 40)):
+                expected = around[y + 60 : y + 120, x + 70 : x + 140]
+                np.testing.assert_array_equal(ours.read(number, x, y, 70, 60), expected)
+                if level.downsample.is_integer():  # elsewhere OpenSlide places regions between pixels
+                    np.testing.assert_array_equal(theirs.read(number, x, y, 70, 60), expected)
+    ours.close()
+    theirs.close()
+
+
+CM = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+KINDS = {
+    "jpeg": {},
+    "jpeg 4:2:0": {"photometric": "ycbcr", "subsampling": (2, 2)},
+    "jpeg 4:2:2": {"photometric": "ycbcr", "subsampling": (2, 1)},
+    "jpeg 4:4:4": {"photometric": "ycbcr", "subsampling": (1, 1)},
+    "jpeg big": {"bigtiff": True},
+    "jpeg oblong": {"tile": (128, 272)},
+    "lzw": {},
+    "lzw predictor": {"predictor": True},
+    "zlib": {},
+    "zlib predictor": {"predictor": True},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_equals_openslide(tmp_path, kind):
+    assert_equal_to_openslide(write(tmp_path / "a.tiff", kind.split()[0], **KINDS[kind]))
+
+
+@pytest.mark.parametrize("codec", [7, 33005])
+def test_aperio_equals_openslide(tmp_path, codec):
+    path = write_svs(tmp_path / "a.svs", codec)
+    assert TiffSlide(ref(path)).metadata["vendor"] == "aperio"
+    assert_equal_to_openslide(path)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the sample slides are not here")
+def test_the_real_slide_equals_openslide():
+    assert_equal_to_openslide(REAL)
+
+
+def test_levels_of_our_own_pyramids_equal_openslide(tmp_path):
+    for codec in ("jpeg", "deflate"):
+        write_pyramid(tmp_path / "a.tiff", FormulaSlide(1300, 900, downsamples=(1, 4, 16)), codec=codec)
+        assert_equal_to_openslide(tmp_path / "a.tiff")
+
+
+def test_ome_pyramids_give_their_levels_and_mpp(tmp_path):
+    """OpenSlide sees level 0 alone: the others hang from it."""
+    path = tmp_path / "a.ome.tif"
+    pictures = [picture(600, 800), picture(300, 400, 1), picture(150, 200, 2)]
+    facts = {"axes": "YXS", "PhysicalSizeX": 250, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 250, "PhysicalSizeYUnit": "nm"}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        file.write(pictures[0], subifds=2, tile=(128, 128), compression="zlib", photometric="rgb", metadata=facts)
+        for each in pictures[1:]:
+            file.write(each, subfiletype=1, tile=(128, 128), compression="zlib", photometric="rgb")
+    slide = open_slide(ref(path))
+    assert slide.reader.startswith("tiff ")
+    assert slide.mpp == pytest.approx(0.25)
+    assert [level.downsample for level in slide.levels] == [1, 2, 4]
+    for number, each in enumerate(pictures):
+        np.testing.assert_array_equal(slide.read(number, 0, 0, each.shape[1], each.shape[0]), each)
+
+
+class TestTiffSlide(SlideContract):
+    @pytest.fixture(params=["jpeg", "zlib"])
+    def slide(self, tmp_path, request):
+        return TiffSlide(ref(write(tmp_path / "a.tiff", request.param)))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg 4:2:0"])
+@pytest.mark.parametrize("shrink", [2, 4])
+def test_decoding_at_reduced_scale_is_near_to_the_mean(tmp_path, kind, shrink):
+    slide = TiffSlide(ref(write(tmp_path / "a.tiff", "jpeg", **KINDS[kind])))
+    level = slide.levels[0].shrunk(shrink)
+    exact = slide.read(0, 0, 0, level.width * shrink, level.height * shrink)
+    means = exact.reshape(level.height, shrink, level.width, shrink, 3).mean(axis=(1, 3))
+    small = slide.read(0, 0, 0, level.width, level.height, shrink)
+    assert np.abs(small - means).mean() < 2
+    assert (slide.read(0, level.width - 5, level.height - 5, 20, 20, shrink)[5:, 5:] == 255).all()
+
+
+# ------------------------------------------------------------------------------------------------------- what fails
+
+
+def test_what_it_cannot_decode_exactly_goes_to_openslide_by_name(tmp_path):
+    strips = tmp_path / "strips.tif"
+    tifffile.imwrite(strips, picture(300, 300), photometric="rgb", metadata=None, **CM)
+    grey = tmp_path / "grey.tif"
+    tifffile.imwrite(grey, picture(300, 300)[..., 0], tile=(128, 128), metadata=None, **CM)
+    for path in (strips, grey):
+        with pytest.raises(Unsupported):
+            TiffSlide(ref(path))
+        with pytest.raises(SourceError, match="the reader tiff cannot take it"):
+            open_slide(ref(path, reader="tiff"))
+    tiled = write(tmp_path / "a.tiff")
+    assert open_slide(ref(tiled)).reader.startswith("tiff ")
+    assert open_slide(ref(tiled, reader="openslide")).reader.startswith("openslide ")
+
+
+def test_holes_are_left_to_openslide(tmp_path):
+    path = write(tmp_path / "a.tiff")
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tag = file.pages[0].tags["TileByteCounts"]
+        tag.overwrite([0, *tag.value[1:]])
+    assert open_slide(ref(path)).reader.startswith("openslide ")
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "zlib", "lzw", "jpeg2000"])
+@pytest.mark.parametrize("how", ["zeros", "noise", "half"])
+def test_a_damaged_tile_is_unreadable_and_its_neighbours_are_not(tmp_path, codec, how):
+    path = write_svs(tmp_path / "a.svs", 33005) if codec == "jpeg2000" else write(tmp_path / "a.tiff", codec)
+    whole = TiffSlide(ref(path))
+    cells = np.array([[0, 0], [1, 0], [2, 0]], np.int32)
+    w, h = whole.levels[0].tile
+    before = [np.empty((h, w, 3), np.uint8) for _ in cells]
+    assert whole.decode(0, cells, whole.fetch(0, cells), before).all()
+    with tifffile.TiffFile(path) as file:
+        offset, length = file.pages[0].dataoffsets[1], file.pages[0].databytecounts[1]
+    data = bytearray(Path(path).read_bytes())
+    good = bytes(data[offset : offset + length])
+    bad = {
+        "zeros": bytes(length),
+        "noise": np.random.default_rng(0).bytes(length),
+        "half": good[: length // 2] + bytes(length - length // 2),
+    }[how]
+    data[offset : offset + length] = bad
+    Path(path).write_bytes(data)
+    slide = TiffSlide(ref(path))
+    after = [np.empty((h, w, 3), np.uint8) for _ in cells]
+    found = slide.decode(0, cells, slide.fetch(0, cells), after)
+    assert found.tolist()[::2] == [True, True]
+    assert np.array_equal(after[0], before[0])
+    assert np.array_equal(after[2], before[2])
+    if not (how == "half" and codec == "jpeg2000"):  # OpenJPEG decodes what there is of a layered stream
+        assert not found[1]
+        with pytest.raises(SourceError, match="undecodable at level 0"):
+            slide.read(0, w + 5, 5, 20, 20)
+
+
+def test_a_file_that_is_cut_while_it_is_open_fails_as_a_whole(tmp_path):
+    path = write(tmp_path / "a.tiff")
+    slide = TiffSlide(ref(path))
+    with open(path, "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(SourceError, match="became shorter"):
+        slide.read(0, 600, 600, 300, 300)
+
+
+def test_a_tile_of_another_size_than_the_directory_says_is_unreadable(tmp_path):
+    path = write(tmp_path / "a.tiff", photometric="ycbcr")
+    slide = TiffSlide(ref(path))
+    for side in (64, 512):
+        file = io.BytesIO()
+        Image.fromarray(picture(side, side)).save(file, "JPEG")
+        out = np.empty((256, 256, 3), np.uint8)
+        assert not slide.decode(0, np.zeros((1, 2), np.int32), [file.getvalue()], [out])[0]
