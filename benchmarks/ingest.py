@@ -30,7 +30,7 @@ from patchmill.types import Plan, PlanSettings, Slide, SourceRef
 
 __all__ = ["bench_ingest"]
 
-BATCH = 64
+BATCH = 16  # as in `embed`
 PEER_TILES = 192  # per round of the peers' loader, which is slow
 CODECS: dict[str, dict[str, Any]] = {
     "jpeg": {"compression": "jpeg", "compressionargs": {"level": 85}, "photometric": "ycbcr", "subsampling": (2, 2)},
@@ -50,17 +50,17 @@ class Case:
     reader: str = "auto"
 
 
-def bench_ingest(inputs: Sequence[Path] = (), *, tiles: int = 16, rounds: int = 5) -> Record:
+def bench_ingest(inputs: Sequence[Path] = (), *, tiles: int = 24, rounds: int = 5) -> Record:
     """Tiles per second into batch buffers, per core and for all cores: per format, at ratio 1, 2 and 4, with overlap.
 
-    inputs: slides of one's own; else three files of `tiles` x `tiles` real tiles are made, without coarser levels. Ratios
-    are of the target mpp to the finest level's. Baseline: the loader that other pipelines have, on as many cores. Limit:
-    the codec alone, on the same encoded tiles, once each, from memory.
+    inputs: slides of one's own; else three files of `tiles` x `tiles` real tiles are made, without coarser levels.
+    Ratios are of the target mpp to the finest level's. Baseline: the loader that other pipelines have, on as many
+    cores. Limit: the codec alone, on the same encoded tiles, once each, from memory.
     """
     rows: list[Row] = []
     notes = [
-        f"tiles of 224 px; peers' loader: one read_region a tile, Pillow, float tensor and normalisation as torchvision "
-        f"does them, torch DataLoader with a worker per core, OpenSlide's own cache; {PEER_TILES} tiles a round",
+        f"tiles of 224 px; peers' loader: one read_region a tile, Pillow, float tensor and normalisation as "
+        f"torchvision does them, torch DataLoader with a worker per core, OpenSlide's own cache; {PEER_TILES} tiles",
         "one core: the thread and its helpers are bound to it",
     ]
     with TemporaryDirectory() as folder:
@@ -184,17 +184,17 @@ def ours(slide: Slide, plan: Plan, threads: int) -> float:
 
 
 def bare_codec(slide: Slide, plan: Plan) -> Callable[[], None] | None:
-    """Decodes every cell that the plan needs once, at full scale, from memory into one buffer; None through OpenSlide."""
+    """Decodes every cell that the plan needs once, at full scale, from memory into one buffer; None for OpenSlide."""
     if not slide.reader.startswith("tiff"):
         return None
     level = slide.levels[plan.level]
     parts = blocks(plan, slide.levels[plan.level].shrunk(plan.shrink), 0, plan.rows)
     cells = np.unique(np.concatenate([block.cells for block in parts]), axis=0)
-    encoded = slide.fetch(plan.level, cells)
+    encoded = [bytes(data) for data in slide.fetch(plan.level, cells)]
     w, h = level.tile
     tiles = slide._tiles[plan.level]  # type: ignore[attr-defined]
     codec, numbers = tiles.decode, (cells[:, 1] * tiles.across + cells[:, 0]).tolist()
-    jpeg = bytes(encoded[0][:3]) == b"\xff\xd8\xff" and b"\xff\xdb" in encoded[0]  # whole streams: no tables to add
+    jpeg = encoded[0][:3] == b"\xff\xd8\xff" and b"\xff\xdb" in encoded[0]  # whole streams: no tables to add
 
     def decode() -> None:
         out = np.empty((h, w, 3), np.uint8)
@@ -222,7 +222,8 @@ class PeerTiles:
     def __init__(self, path: Path, plan: Plan) -> None:
         import torch
 
-        self._path, self._plan, self._slide = path, plan, None
+        self._path, self._plan = path, plan
+        self._slide: Any = None
         self._coords = plan.coords[:PEER_TILES].tolist()
         self._level = plan.level
         self._side = round(plan.extent * plan.shrink)

@@ -75,8 +75,8 @@ class Slide(Protocol):
     """A whole-slide image that is open for reading. Safe to read from several threads at once.
 
     A level is a lattice of cells, mostly the file's own tiles: cell (column, row) covers the pixels from
-    (column * tile width, row * tile height) on. Reading a cell has two halves: `fetch` may wait for a disk or a network,
-    `decode` only computes, without the GIL.
+    (column * tile width, row * tile height) on. Reading a cell has two halves: `fetch` may wait for a disk or a
+    network, `decode` only computes, without the GIL.
 
     shrink: a factor of the level's `shrinks`; sizes and places are then in pixels of `Level.shrunk(shrink)`.
     """
@@ -86,9 +86,7 @@ class Slide(Protocol):
     mpp: float  # micrometres per level-0 pixel, the mean of x and y; an override is already applied
     metadata: Mapping[str, str | int | float]  # by allow-list: vendor, objective, bounds; never a dump
 
-    def read(
-        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
-    ) -> UInt8[np.ndarray, "h w 3"]:
+    def read(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of a rectangle of one level, in that level's own pixels; what lies outside the file is white.
 
         Raises SourceError if the file cannot be decoded there.
@@ -165,7 +163,7 @@ class PlanSettings:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Neighbouring cells of one level that are decoded together, and the tiles of consecutive rows of a plan in them."""
+    """Neighbouring cells of one level that are decoded together, and the tiles of consecutive rows in them."""
 
     start: int  # first row of the plan whose tile lies in this block
     stop: int  # one past the last

@@ -38,6 +38,8 @@ def check(
 ) -> int:
     """Input pixels per side of a tile. Raises ValueError where the compiled loops would leave their arrays."""
     pixels = out.shape[1]
+    if not out.flags.c_contiguous:
+        raise ValueError("the buffer is not contiguous")
     if out.shape != (len(origins), pixels, pixels, 3) or pixels == 0:
         raise ValueError(f"{len(origins)} tiles do not fit into a buffer of shape {out.shape}")
     if not (math.isfinite(extent) and extent >= pixels):

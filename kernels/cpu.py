@@ -31,9 +31,9 @@ def pack(
 
     cells: decoded pixels, in any order. where: the number of the cell at each place of the block, -1 for white.
     origins: x, y of each tile's top left pixel in the block. extent: pixels of the block per side of a tile, a real
-    number of at least p. out: n tiles of p pixels per side; may be a slice of a larger buffer. Where extent is p, pixels
-    are copied; elsewhere each is the mean of the area that it covers, pixels that are covered in part counting in part
-    (the box filter), rounded half up.
+    number of at least p. out: n tiles of p pixels per side; may be a slice of a larger buffer. Where extent is p,
+    pixels are copied; elsewhere each is the mean of the area that it covers, pixels that are covered in part counting
+    in part (the box filter), rounded half up.
 
     Raises ValueError if a tile reaches out of its block or would have to be enlarged.
     """

@@ -96,7 +96,9 @@ def embed(
         report = api.embed(
             src,
             archive,
-            plan=PlanSettings(mpp=mpp, tile=tile, overlap=overlap, tissue=tissue, min_tissue=min_tissue, scaled=decode == "scaled"),
+            plan=PlanSettings(
+                mpp=mpp, tile=tile, overlap=overlap, tissue=tissue, min_tissue=min_tissue, scaled=decode == "scaled"
+            ),
             encode=EncodeSettings(
                 encoder=encoder,
                 weights=str(weights.absolute()) if weights else None,
@@ -340,7 +342,7 @@ def bench_pipeline(
 @bench_app.command("ingest", epilog="Example: patchmill bench ingest --rounds 5 --json")
 def bench_ingest(
     inputs: Inputs = None,
-    tiles: Annotated[int, typer.Option(min=2, help="tiles per side of the slides that are made without --input")] = 16,
+    tiles: Annotated[int, typer.Option(min=2, help="tiles per side of the slides that are made without --input")] = 24,
     rounds: Rounds = 5,
     as_json: Json = False,
 ) -> int:

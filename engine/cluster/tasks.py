@@ -29,7 +29,17 @@ from patchmill.types import (
     SourceRef,
 )
 
-__all__ = ["PROGRESS", "Completed", "Gated", "Job", "Planned", "complete_source", "embed", "gate_encoder", "plan_source"]
+__all__ = [
+    "PROGRESS",
+    "Completed",
+    "Gated",
+    "Job",
+    "Planned",
+    "complete_source",
+    "embed",
+    "gate_encoder",
+    "plan_source",
+]
 
 PROGRESS = "patchmill-rows"  # topic of the events (source id, rows)
 

@@ -15,9 +15,9 @@ __all__ = ["blocks"]
 def blocks(plan: Plan, level: Level, start: int, stop: int) -> Iterator[Block]:
     """The blocks that hold rows [start, stop) of a plan, in order; every row is in exactly one.
 
-    level: the plan's level as it is decoded (`Level.shrunk`). Rows that follow each other within one block of the plan's
-    grid share a block; of its cells, only those that a tile touches are needed. Raises ValueError if the plan has no
-    such rows.
+    level: the plan's level as it is decoded (`Level.shrunk`). Rows that follow each other within one block of the
+    plan's grid share a block; of its cells, only those that a tile touches are needed. Raises ValueError if the plan
+    has no such rows.
     """
     if not 0 <= start <= stop <= plan.rows:
         raise ValueError(f"rows {start} to {stop} of a plan of {plan.rows}")

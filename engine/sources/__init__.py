@@ -30,8 +30,8 @@ READERS = ("auto", "openslide", "tiff")
 def open_slide(ref: SourceRef) -> Slide:
     """Open a slide with the reader for its format; ref.mpp overrides the file's own resolution.
 
-    Where ref.reader is "auto", the direct reader takes every file whose pixels it decodes exactly as OpenSlide does, and
-    OpenSlide takes the others; the slide's `reader` says which it was.
+    Where ref.reader is "auto", the direct reader takes every file whose pixels it decodes exactly as OpenSlide does,
+    and OpenSlide takes the others; the slide's `reader` says which it was.
 
     Raises SourceError (missing, empty, forbidden, no slide, damaged, no mpp, not for the reader that is asked for), or
     TransientError where its storage fails; both name ref.id.

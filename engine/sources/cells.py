@@ -67,7 +67,9 @@ def read_cells(
         cells = np.stack([columns, np.full_like(columns, row)], axis=1).astype(np.int32)
         for place, data in zip(cells, slide.fetch(level, cells), strict=True):
             if not slide.decode(level, place[None], [data], [cell], shrink)[0]:
-                raise SourceError(source, f"undecodable at level {level}, x {x}, y {y}", "check the file or copy it again")
+                raise SourceError(
+                    source, f"undecodable at level {level}, x {x}, y {y}", "check the file or copy it again"
+                )
             x0, y0 = int(place[0]) * w, row * h
             a, b, c, d = max(left, x0), min(right, x0 + w), max(top, y0), min(bottom, y0 + h)
             pixels[c - y : d - y, a - x : b - x] = cell[c - y0 : d - y0, a - x0 : b - x0]

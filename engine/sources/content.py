@@ -16,7 +16,9 @@ SAMPLE = 64 << 10
 SAMPLES = 14  # between the ends
 
 
-def content_fingerprint(path: str, full: bool = False, source: str = "source", beat: Callable[[], None] = lambda: None) -> str:
+def content_fingerprint(
+    path: str, full: bool = False, source: str = "source", beat: Callable[[], None] = lambda: None
+) -> str:
     """'sampled:SIZE:SHA256' or 'full:SIZE:SHA256' of a file, with the companion folder of an MRXS.
 
     Sampled: the first and the last MiB and 14 samples of 64 KiB evenly between them, of every file; files of up to

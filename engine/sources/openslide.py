@@ -67,9 +67,7 @@ class OpenSlideSlide(CellsByRectangle):
         facts = facts_of(handle, ref)
         self.levels, self.mpp, self.metadata = facts.levels, facts.mpp, facts.metadata
 
-    def read(
-        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
-    ) -> UInt8[np.ndarray, "h w 3"]:
+    def read(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of a rectangle of one level, in that level's own pixels; transparent and outside areas are white.
 
         Equal to OpenSlide's `read_region` wherever that is opaque. Raises SourceError if the file cannot be decoded
@@ -144,7 +142,7 @@ def facts_of(handle: openslide.OpenSlide, ref: SourceRef) -> Facts:
     try:
         properties = dict(handle.properties)
         sizes, downsamples = handle.level_dimensions, handle.level_downsamples
-    except openslide.OpenSlideError as error:
+    except (openslide.OpenSlideError, KeyError) as error:  # KeyError: a value that is no text
         wrong = f"its properties cannot be read ({type(error).__name__})"
         raise SourceError(ref.id, wrong, "check the file or copy it again") from error
     mpp = ref.mpp if ref.mpp is not None else mpp_of(properties, ref.id)

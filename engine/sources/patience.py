@@ -22,8 +22,8 @@ Value = TypeVar("Value")
 class Patience:
     """A thread that waits for storage in place of its owner, who gives up after `limit` seconds without an answer.
 
-    The thread is left behind then, since nothing can end it; it is asked for nothing more, and does not keep the process
-    from ending.
+    The thread is left behind then, since nothing can end it; it is asked for nothing more, and does not keep the
+    process from ending.
     """
 
     def __init__(self, source: str, limit: float = READ_TIMEOUT) -> None:
@@ -62,7 +62,9 @@ class Patience:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._queue.put(None)
 
     def _work(self) -> None:
@@ -88,9 +90,7 @@ class PatientSlide:
         self.mpp: float = slide.mpp
         self.metadata: Mapping[str, str | int | float] = slide.metadata
 
-    def read(
-        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
-    ) -> UInt8[np.ndarray, "h w 3"]:
+    def read(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> UInt8[np.ndarray, "h w 3"]:
         """See `Slide`; raises TransientError if the storage does not answer."""
         return self._patience.run(self._slide.read, level, x, y, width, height, shrink)
 

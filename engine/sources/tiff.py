@@ -1,9 +1,9 @@
-"""Tiled TIFF files without a detour: encoded tiles go from the file to the codec, decoded ones to where they are wanted.
+"""Tiled TIFF files without a detour: encoded tiles go from the file to the codec, decoded ones to where they belong.
 
-Reads what a `Slide` needs of SVS, generic tiled TIFF, and OME-TIFF with 8-bit RGB tiles in JPEG, JPEG 2000, LZW,
-Deflate or none. tifffile reads the directories, libjpeg-turbo (simplejpeg) decodes JPEG, imagecodecs the rest. JPEG is
-decoded as OpenSlide does it, with the accurate integer inverse DCT and smooth ("fancy") chroma upsampling, so pixels are
-equal to OpenSlide's. What a slide is (levels, mpp, vendor) OpenSlide says wherever it opens the file.
+Reads SVS, generic tiled TIFF and OME-TIFF with 8-bit RGB tiles in JPEG, JPEG 2000, LZW, Deflate or none. tifffile reads
+the directories, libjpeg-turbo (simplejpeg) decodes JPEG, imagecodecs the rest. JPEG is decoded as OpenSlide does it,
+with the accurate integer inverse DCT and smooth ("fancy") chroma upsampling, so pixels are equal to OpenSlide's. What a
+slide is (levels, mpp, vendor) OpenSlide says wherever it opens the file.
 
 Everything else of a TIFF is refused here (`Unsupported`), and left to OpenSlide.
 """
@@ -39,7 +39,7 @@ ADOBE = {  # the marker that tells libjpeg which colours the stream holds
 }
 UNITS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3}  # of OME's PhysicalSize, in micrometres
 
-Decode = Callable[[bytes, int, UInt8[np.ndarray, "h w 3"], int], bool]  # encoded, number of the tile, out, shrink
+Decode = Callable[[memoryview, int, UInt8[np.ndarray, "h w 3"], int], bool]  # encoded, number of the tile, out, shrink
 
 
 class Unsupported(Exception):  # noqa: N818 - no failure: another reader takes the file
@@ -81,13 +81,11 @@ class TiffSlide:
             for level, page in zip(facts.levels, pages, strict=True)
         )
 
-    def read(
-        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
-    ) -> UInt8[np.ndarray, "h w 3"]:
+    def read(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of a rectangle of one level; what lies outside it is white. Raises SourceError, TransientError."""
         return read_cells(self, self._ref.id, level, x, y, width, height, shrink)
 
-    def fetch(self, level: int, cells: Int32[np.ndarray, "n 2"]) -> Sequence[bytes | None]:
+    def fetch(self, level: int, cells: Int32[np.ndarray, "n 2"]) -> Sequence[memoryview | None]:
         """The encoded tiles, None for what lies beyond the end of the file. Neighbours in the file are read together.
 
         Raises TransientError if the storage fails, SourceError if the file has become shorter.
@@ -135,33 +133,35 @@ class File:
         self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._number).st_size
 
-    def read(self, offsets: Int64[np.ndarray, " n"], lengths: Int64[np.ndarray, " n"]) -> list[bytes | None]:
+    def read(self, offsets: Int64[np.ndarray, " n"], lengths: Int64[np.ndarray, " n"]) -> list[memoryview | None]:
         """The bytes at each place, None beyond the end. Raises OSError, and EOFError if the file has been cut."""
-        found: list[bytes | None] = [None] * len(offsets)
+        found: list[memoryview | None] = [None] * len(offsets)
         inside = (offsets > 0) & (lengths > 0) & (lengths <= MOST_ENCODED) & (offsets <= self.size - lengths)
-        run: list[tuple[int, int, int]] = []  # number, offset, length of neighbours
-        end = 0
-        for number in np.argsort(offsets, kind="stable")[inside[np.argsort(offsets, kind="stable")]].tolist():
-            offset, length = int(offsets[number]), int(lengths[number])
-            if run and (offset > end + GAP or offset + length - run[0][1] > MOST_ENCODED):
-                self._take(run, end, found)
-                run = []
-            end = max(end, offset + length) if run else offset + length
-            run.append((number, offset, length))
-        if run:
-            self._take(run, end, found)
+        order = np.argsort(offsets, kind="stable")
+        order = order[inside[order]]
+        if not len(order):
+            return found
+        starts = offsets[order]
+        ends = np.maximum.accumulate(starts + lengths[order])
+        cuts = np.flatnonzero(
+            (starts[1:] > ends[:-1] + GAP) | (starts[1:] // MOST_ENCODED > starts[:-1] // MOST_ENCODED)
+        )
+        for first, last in zip([0, *(cuts + 1).tolist()], [*(cuts + 1).tolist(), len(order)], strict=True):
+            start = int(starts[first])
+            data = memoryview(self._take(start, int(ends[last - 1])))
+            for number in order[first:last].tolist():
+                at = int(offsets[number]) - start
+                found[number] = data[at : at + int(lengths[number])]
         return found
 
-    def _take(self, run: list[tuple[int, int, int]], end: int, found: list[bytes | None]) -> None:
-        start = run[0][1]
+    def _take(self, start: int, end: int) -> bytes:
         data = os.pread(self._number, end - start, start)
         while len(data) < end - start:  # a network may hand over less than was asked for
             more = os.pread(self._number, end - start - len(data), start + len(data))
             if not more:
                 raise EOFError
             data += more
-        for number, offset, length in run:
-            found[number] = data[offset - start : offset - start + length]
+        return data
 
     def __del__(self) -> None:
         if hasattr(self, "_number"):
@@ -174,7 +174,7 @@ class File:
 def facts_and_pages(opened: tifffile.TiffFile, ref: SourceRef) -> tuple[Facts, list[Any]]:
     """The slide's description, and for each of its levels the directory that holds its tiles."""
     if opened.is_ome:
-        pages = [level.pages[0] for level in opened.series[0].levels]
+        pages: list[Any] = [level.pages[0] for level in opened.series[0].levels]
         return ome_facts(opened, pages, ref), pages
     try:
         with openslide.OpenSlide(ref.path) as handle:
@@ -183,7 +183,7 @@ def facts_and_pages(opened: tifffile.TiffFile, ref: SourceRef) -> tuple[Facts, l
         raise Unsupported("OpenSlide does not know it") from error
     if facts.metadata.get("vendor") not in VENDORS:
         raise Unsupported(f"vendor {facts.metadata.get('vendor')}")
-    tiled = [page for page in opened.pages if page.is_tiled]
+    tiled: list[Any] = [page for page in opened.pages if getattr(page, "is_tiled", False)]
     pages = []
     for level in facts.levels:
         fitting = [page for page in tiled if (page.imagewidth, page.imagelength) == (level.width, level.height)]
@@ -195,9 +195,7 @@ def facts_and_pages(opened: tifffile.TiffFile, ref: SourceRef) -> tuple[Facts, l
 
 def ome_facts(opened: tifffile.TiffFile, pages: Sequence[Any], ref: SourceRef) -> Facts:
     """Levels and mpp of an OME-TIFF's first image. Raises SourceError where it has no mpp."""
-    levels = tuple(
-        Level(page.imagewidth, page.imagelength, pages[0].imagewidth / page.imagewidth) for page in pages
-    )
+    levels = tuple(Level(page.imagewidth, page.imagelength, pages[0].imagewidth / page.imagewidth) for page in pages)
     mpp = ref.mpp
     if mpp is None:
         images = tifffile.xml2dict(opened.ome_metadata or "")["OME"]["Image"]
@@ -249,20 +247,20 @@ def shrinks_of(page: Any) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------------------------------------- codecs
 
 
-def jpeg_decoder(page: Any, sample: bytes | None) -> Decode:
+def jpeg_decoder(page: Any, sample: memoryview | None) -> Decode:
     """Decodes abbreviated or whole JPEG streams. sample: one of them. Raises Unsupported.
 
     Colours are those that the directory names, as in OpenSlide and libtiff, whatever markers the stream itself has.
     """
     if page.photometric not in ADOBE:
         raise Unsupported(f"JPEG with photometric {int(page.photometric)}")
-    if page.photometric == RGB and b"JFIF" in (sample or b"")[:32]:
+    if page.photometric == RGB and b"JFIF" in bytes((sample or b"")[:32]):
         raise Unsupported("JPEG that contradicts its directory")
     tables = page.jpegtables
     head = (tables[:-2] if tables else b"\xff\xd8") + ADOBE[page.photometric]
 
-    def decode(data: bytes, number: int, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
-        return decode_jpeg(head + data[2:], out, shrink)
+    def decode(data: memoryview, number: int, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
+        return decode_jpeg(b"".join((head, data[2:])), out, shrink)
 
     return decode
 
@@ -276,7 +274,7 @@ def decode_jpeg(data: bytes, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bo
     h, w, _ = out.shape
     size = {"min_height": h, "min_width": w, "min_factor": shrink} if shrink > 1 else {}
     for strict in (True, False):
-        try:
+        try:  # a larger picture is refused at full scale for want of room, but could be shrunk into it
             if shrink > 1 and simplejpeg.decode_jpeg_header(data, strict=False)[:2] != (h * shrink, w * shrink):
                 return False
             pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out, strict=strict, **size)
@@ -291,9 +289,9 @@ def other_decoder(page: Any) -> Decode:
     """Decodes with tifffile's own choice of codec, predictor and byte order."""
     codec = page.decode
 
-    def decode(data: bytes, number: int, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
+    def decode(data: memoryview, number: int, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
         try:
-            pixels, _, _ = codec(data, number, _fullsize=True)
+            pixels, _, _ = codec(bytes(data), number, _fullsize=True)
             out[:] = pixels.reshape(out.shape)
         except Exception:  # noqa: BLE001 - every codec has errors of its own; all of them say that the tile is damaged
             return False

@@ -21,17 +21,25 @@ Cell = tuple[int, int]  # column, row
 class Mosaic:
     """Cells in one preallocated arena. Blocks are loaded in their order; the next one is fetched meanwhile.
 
-    Where cells that later blocks need would exceed the arena, those that are needed last are given up and decoded again.
+    Where cells that later blocks need would exceed the arena, those that are needed last are given up and decoded
+    again.
     """
 
     def __init__(self, slide: PatientSlide, plan: Plan, blocks: Sequence[Block], clock: StageClock) -> None:
-        self._slide, self._level, self._shrink, self._blocks, self._clock = slide, plan.level, plan.shrink, blocks, clock
+        self._slide, self._level, self._shrink, self._blocks, self._clock = (
+            slide,
+            plan.level,
+            plan.shrink,
+            blocks,
+            clock,
+        )
         w, h = slide.levels[plan.level].shrunk(plan.shrink).tile
         self._uses: defaultdict[Cell, list[int]] = defaultdict(list)  # blocks that need a cell, the last one first
+        self._needed = [cells_in(block) for block in blocks]
         for number in reversed(range(len(blocks))):
-            for cell in cells_in(blocks[number]):
+            for cell in self._needed[number]:
                 self._uses[cell].append(number)
-        largest = max(int(np.count_nonzero(block.needed)) for block in blocks)
+        largest = max(len(cells) for cells in self._needed)
         slots = min(len(self._uses), max(largest, MOST_BYTES // (w * h * 3)))
         self.cells: UInt8[np.ndarray, "s h w 3"] = np.empty((slots, h, w, 3), np.uint8)
         self._free = list(range(slots))
@@ -42,7 +50,8 @@ class Mosaic:
     @property
     def pixels_decoded(self) -> int:
         """Pixels decoded so far."""
-        return self.decoded * self.cells.shape[1] * self.cells.shape[2]
+        _, h, w, _ = self.cells.shape
+        return self.decoded * int(h * w)
 
     def load(self, number: int) -> Int32[np.ndarray, "rows columns"]:
         """Decode what a block needs; the numbers of its cells in `cells`, -1 where none is needed or none is readable.
@@ -50,7 +59,7 @@ class Mosaic:
         Raises SourceError or TransientError where the file as a whole can be read no more.
         """
         block = self._blocks[number]
-        needed = cells_in(block)
+        needed = self._needed[number]
         self._forget(number, needed)
         missing = [cell for cell in needed if cell not in self._slot]
         ready = self._fetched(missing)
@@ -100,8 +109,8 @@ class Mosaic:
     def _begin(self, number: int) -> None:
         """Fetch the cells of the next block while this one is decoded and packed."""
         if number < len(self._blocks):
-            now = set(cells_in(self._blocks[number - 1]))
-            cells = [c for c in cells_in(self._blocks[number]) if c not in self._slot and c not in now]
+            now = set(self._needed[number - 1])
+            cells = [cell for cell in self._needed[number] if cell not in self._slot and cell not in now]
             if cells:
                 self._ahead = cells, self._slide.fetch_ahead(self._level, array_of(cells))
 
@@ -110,7 +119,9 @@ class Mosaic:
             return
         slots = [self._free.pop() for _ in cells]
         out = [self.cells[slot] for slot in slots]
-        readable = self._slide.decode(self._level, array_of(cells), [fetched[cell] for cell in cells], out, self._shrink)
+        readable = self._slide.decode(
+            self._level, array_of(cells), [fetched[cell] for cell in cells], out, self._shrink
+        )
         for cell, slot, good in zip(cells, slots, readable.tolist(), strict=True):
             self._slot[cell] = slot if good else -1
             if not good:

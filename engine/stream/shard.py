@@ -22,8 +22,8 @@ def embed_shard(
 ) -> ShardResult:
     """Read, embed and commit one shard: all of it or nothing. Tiles on damaged parts of the file are marked unreadable.
 
-    Raises SourceError where the file can be read no more or a vector overflows float16, TransientError where its storage
-    fails, and what stopped the encoder.
+    Raises SourceError where the file can be read no more or a vector overflows float16, TransientError where its
+    storage fails, and what stopped the encoder.
     """
     clock = StageClock()
     level = slide.levels[plan.level].shrunk(plan.shrink)

@@ -52,9 +52,7 @@ class FormulaSlide(CellsByRectangle):
         self.levels = tuple(Level(*size) for size in sizes)
         self._reads = count()
 
-    def read(
-        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
-    ) -> UInt8[np.ndarray, "h w 3"]:
+    def read(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of a rectangle of one level; white outside."""
         if self.abort_after is not None and next(self._reads) >= self.abort_after:
             os.abort()
@@ -117,9 +115,7 @@ class ArraySlide(CellsByRectangle):
         sizes = [level.shape for level in self._pixels]
         self.levels = tuple(Level(w, h, float(factor)) for (h, w, _), factor in zip(sizes, factors, strict=True))
 
-    def read(
-        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
-    ) -> UInt8[np.ndarray, "h w 3"]:
+    def read(self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of a rectangle of one level; white outside."""
         pixels = np.full((height, width, 3), 255, np.uint8)
         held = self._pixels[level][max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]

@@ -16,13 +16,13 @@ from patchmill.testing.encoders import null_doors
 from patchmill.testing.slides import write_formula
 
 
-def run(archive, *sources, tile=64, workers=0, new_plan=False, shard_rows=16, **plan):
+def run(archive, *sources, tile=64, workers=0, new_plan=False, shard_rows=16, settings=None, **plan):
     return embed(
         sources,
         archive,
         plan=PlanSettings(tile=tile, tissue=plan.pop("tissue", "none"), **plan),
         encode=EncodeSettings(encoder="null", precision="fp32", pixels=64),
-        run=RunSettings(workers=workers, shard_rows=shard_rows, new_plan=new_plan),
+        run=RunSettings(workers=workers, shard_rows=shard_rows, new_plan=new_plan, **(settings or {})),
         doors=null_doors(),
     )
 

@@ -157,7 +157,8 @@ def test_threads_get_the_same_bytes():
 def test_works_where_no_folder_is_writable(tmp_path):
     """A container may have a read-only installation and no home: compiled code is then not kept, but it runs."""
     code = "import numpy as np; from patchmill.kernels import pack; out = np.empty((1, 4, 4, 3), np.uint8)\n"
-    code += "pack(np.full((1, 9, 9, 3), 5, np.uint8), np.zeros((1, 1), np.int32), np.zeros((1, 2), np.int32), 8.5, out); assert (out == 5).all()"
+    code += "cells, where = np.full((1, 9, 9, 3), 5, np.uint8), np.zeros((1, 1), np.int32)\n"
+    code += "pack(cells, where, np.zeros((1, 2), np.int32), 8.5, out); assert (out == 5).all()"
     installed = tmp_path / "patchmill"
     installed.mkdir()
     (installed / "__init__.py").touch()
@@ -199,6 +200,9 @@ def test_a_block_in_cells_gives_the_same_bytes_as_in_one_piece(seed, pixels, rat
 def test_refuses_a_cell_that_is_not_there():
     with pytest.raises(ValueError, match="there are 2 cells, but number 2 is used"):
         pack(
-            np.zeros((2, 8, 8, 3), np.uint8), np.array([[0, 2]], np.int32), np.zeros((1, 2), np.int32), 8.0,
+            np.zeros((2, 8, 8, 3), np.uint8),
+            np.array([[0, 2]], np.int32),
+            np.zeros((1, 2), np.int32),
+            8.0,
             np.empty((1, 8, 8, 3), np.uint8),
         )

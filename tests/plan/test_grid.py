@@ -47,7 +47,15 @@ def test_block_order_equals_its_definition(columns, rows, block):
 
 @pytest.mark.parametrize(
     ("step", "cell", "side"),
-    [(1.0, 256, 2048), (224.0, 256, 8), (256.0, 256, 8), (112.0, 256, 16), (448.0, 512, 4), (3000.0, 256, 1), (9e9, 9, 1)],
+    [
+        (1.0, 256, 2048),
+        (224.0, 256, 8),
+        (256.0, 256, 8),
+        (112.0, 256, 16),
+        (448.0, 512, 4),
+        (3000.0, 256, 1),
+        (9e9, 9, 1),
+    ],
 )
 def test_blocks_end_where_cells_do(step, cell, side):
     assert block_side(step, cell) == side

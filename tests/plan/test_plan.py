@@ -1,14 +1,14 @@
 import math
-from dataclasses import asdict, replace
 import tracemalloc
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchmill.errors import SourceError
 from patchmill.archive.records import plan_from
+from patchmill.errors import SourceError
 from patchmill.kernels import pack
 from patchmill.plan import blocks, plan_slide
 from patchmill.plan.grid import level_pixels
@@ -87,7 +87,12 @@ def test_blocks_hold_every_row_once_and_give_the_same_tiles(downsamples, target,
         held = corners[block.start : block.stop]
         corner = np.array(block.corner) * 256
         assert np.array_equal(block.origins + corner, held)
-        touched = {(x // 256, y // 256) for left, top in held.tolist() for x in (left, left + side - 1) for y in (top, top + side - 1)}
+        touched = {
+            (x // 256, y // 256)
+            for left, top in held.tolist()
+            for x in (left, left + side - 1)
+            for y in (top, top + side - 1)
+        }
         assert {tuple(cell) for cell in block.cells.tolist()} == touched
         assert len(block.cells) == len(touched)
         height, width = np.array(block.needed.shape) * 256

@@ -76,7 +76,12 @@ def assert_equal_to_openslide(path):
             assert (whole[..., 3] == 255).all()
             np.testing.assert_array_equal(ours.read(number, 0, 0, level.width, level.height), whole[..., :3])
             around = np.pad(whole[..., :3], ((60, 60), (70, 70), (0, 0)), constant_values=255)
-            for x, y in ((-9, -5), (level.width - 50, -5), (-9, level.height - 40), (level.width - 50, level.height - 40)):
+            for x, y in (
+                (-9, -5),
+                (level.width - 50, -5),
+                (-9, level.height - 40),
+                (level.width - 50, level.height - 40),
+            ):
                 expected = around[y + 60 : y + 120, x + 70 : x + 140]
                 np.testing.assert_array_equal(ours.read(number, x, y, 70, 60), expected)
                 if level.downsample.is_integer():  # elsewhere OpenSlide places regions between pixels
@@ -128,7 +133,13 @@ def test_ome_pyramids_give_their_levels_and_mpp(tmp_path):
     """OpenSlide sees level 0 alone: the others hang from it."""
     path = tmp_path / "a.ome.tif"
     pictures = [picture(600, 800), picture(300, 400, 1), picture(150, 200, 2)]
-    facts = {"axes": "YXS", "PhysicalSizeX": 250, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 250, "PhysicalSizeYUnit": "nm"}
+    facts = {
+        "axes": "YXS",
+        "PhysicalSizeX": 250,
+        "PhysicalSizeXUnit": "nm",
+        "PhysicalSizeY": 250,
+        "PhysicalSizeYUnit": "nm",
+    }
     with tifffile.TiffWriter(path, ome=True) as file:
         file.write(pictures[0], subifds=2, tile=(128, 128), compression="zlib", photometric="rgb", metadata=facts)
         for each in pictures[1:]:
@@ -233,4 +244,4 @@ def test_a_tile_of_another_size_than_the_directory_says_is_unreadable(tmp_path):
         file = io.BytesIO()
         Image.fromarray(picture(side, side)).save(file, "JPEG")
         out = np.empty((256, 256, 3), np.uint8)
-        assert not slide.decode(0, np.zeros((1, 2), np.int32), [file.getvalue()], [out])[0]
+        assert not slide.decode(0, np.zeros((1, 2), np.int32), [memoryview(file.getvalue())], [out])[0]

@@ -1,0 +1,105 @@
+"""Mutated slides through every reader, in a child process: whatever a native codec does, it does it there.
+
+Each copy either reads or fails as a source; a crash of the child is counted and told, and never reaches this process.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from patchmill.testing.slides import FormulaSlide
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "CMU-1-Small-Region.svs"
+COPIES = 500
+READ = """
+import json, resource, signal, sys
+from pathlib import Path
+import numpy as np
+from patchmill.errors import SourceError
+from patchmill.sources import OpenSlideSlide, TiffSlide
+from patchmill.sources.tiff import Unsupported
+from patchmill.types import SourceRef
+
+sample, scratch, first, last = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+signal.alarm(240)
+
+def mutated(seed):
+    rng, data = np.random.default_rng(seed), bytearray(sample)
+    kind = seed % 4
+    if kind == 0:  # cut short
+        return bytes(data[: rng.integers(0, len(data))])
+    at = rng.integers(0, len(data), 1 + seed % 40) if kind < 3 else rng.integers(0, 4096, 8) - 2048
+    for place in at.tolist():  # kind 3: headers and directories, at the start and at the end
+        data[place % len(data)] = rng.integers(0, 256)
+    if kind == 2:
+        start = rng.integers(0, len(data) - 600)
+        data[start : start + 500] = rng.bytes(500)
+    return bytes(data)
+
+for number in range(first, last):
+    path = scratch / "mutated.svs"
+    path.write_bytes(mutated(number))
+    for reader in (TiffSlide, OpenSlideSlide):
+        print(json.dumps([number, reader.__name__, "begun"]), flush=True)
+        try:
+            slide = reader(SourceRef(id="abc", path=str(path)))
+            size = slide.levels[0]
+            w, h = size.tile
+            cells = np.array([[0, 0], [size.width // w // 2, size.height // h // 2]], np.int32)
+            out = [np.empty((h, w, 3), np.uint8) for _ in cells]
+            good = slide.decode(0, cells, slide.fetch(0, cells), out)
+            slide.close()
+            found = "read" if good.all() else "read in part"
+        except (SourceError, Unsupported) as error:
+            found = type(error).__name__
+        except BaseException as error:
+            found = f"unexpected {type(error).__name__}: {error}"
+        print(json.dumps([number, reader.__name__, found]), flush=True)
+"""
+
+
+def sample(kind, folder):
+    if kind == "real":
+        if not REAL.exists():
+            pytest.skip("the sample slides are not here")
+        return REAL
+    path = folder / f"{kind}.svs"
+    pixels = FormulaSlide(500, 500, disc=0.6).read(0, 0, 0, 500, 500)
+    codec = {"jpeg": "jpeg", "lzw": "lzw", "deflate": "zlib", "jpeg2000": 33005}[kind]
+    text = "Aperio Image Library v1\r\n500x500 (256x256) |AppMag = 20|MPP = 0.5"
+    tifffile.imwrite(path, pixels, tile=(256, 256), compression=codec, description=text, metadata=None)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["jpeg", "lzw", "deflate", "jpeg2000", "real"])
+def test_mutated_slides_fail_as_sources(kind, tmp_path):
+    path, first = sample(kind, tmp_path), 0
+    outcomes: Counter[str] = Counter()
+    crashes = []
+    while first < COPIES:
+        command = [sys.executable, "-c", READ, str(path), str(tmp_path), str(first), str(COPIES)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        outcomes.update(found for _, _, found in lines if found != "begun")
+        if done.returncode == 0:
+            break
+        assert lines, done.stderr
+        number, reader, found = lines[-1]
+        assert found == "begun", (done.returncode, done.stderr)
+        assert done.returncode != -signal.SIGALRM, f"copy {number} hangs {reader}"
+        crashes.append((number, reader, done.returncode))
+        first = number + 1
+    print(f"{kind}: {dict(outcomes)}, crashes of the child: {crashes}")
+    assert not [found for found in outcomes if found.startswith("unexpected")]
+    assert min(outcomes["read"], outcomes["read in part"], outcomes["SourceError"]) > 0
+    assert np.isclose(sum(outcomes.values()) + 2 * len(crashes), 2 * COPIES, atol=2 * len(crashes))
