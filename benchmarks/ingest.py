@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import openslide
@@ -24,6 +24,7 @@ from patchmill.errors import UsageError
 from patchmill.kernels import pack
 from patchmill.plan import blocks, plan_slide
 from patchmill.sources import Patience, PatientSlide, open_slide
+from patchmill.sources.tiff import ADOBE, JPEG
 from patchmill.stream.clock import StageClock
 from patchmill.stream.mosaic import Mosaic
 from patchmill.types import Plan, PlanSettings, Slide, SourceRef
@@ -33,11 +34,11 @@ __all__ = ["bench_ingest"]
 BATCH = 16  # as in `embed`
 PEER_TILES = 192  # per round of the peers' loader, which is slow
 CODECS: dict[str, dict[str, Any]] = {
-    "jpeg": {"compression": "jpeg", "compressionargs": {"level": 85}, "photometric": "ycbcr", "subsampling": (2, 2)},
+    # RGB is what is handed over: tifffile turns it into YCbCr for JPEG, and would take pixels called YCbCr as they are.
+    "jpeg": {"compression": "jpeg", "compressionargs": {"level": 85}, "photometric": "rgb", "subsampling": (2, 2)},
     "jpeg2000": {"compression": 33005, "compressionargs": {"level": 40}},
     "deflate": {"compression": "zlib", "predictor": True},
 }
-Codec = Literal["jpeg", "jpeg2000", "deflate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def measured(case: Case, rounds: int) -> tuple[list[Row], str]:
             raise UsageError("--input", f"{case.path} has no tile of tissue", "name another slide")
         level = slide.levels[plan.level].shrunk(plan.shrink)
         cores = available_cores()
-        codec = bare_codec(slide, plan)
+        codec = bare_codec(case.path, slide, plan)
         runs: dict[str, Callable[[], float]] = {}
         for number in sorted({1, cores}):
             runs[f"ours {number}"] = lambda n=number: on(n, lambda: ours(slide, plan, n))  # type: ignore[misc]
@@ -183,27 +184,31 @@ def ours(slide: Slide, plan: Plan, threads: int) -> float:
     return plan.rows / (time.perf_counter() - start)
 
 
-def bare_codec(slide: Slide, plan: Plan) -> Callable[[], None] | None:
+def bare_codec(path: Path, slide: Slide, plan: Plan) -> Callable[[], None] | None:
     """Decodes every cell that the plan needs once, at full scale, from memory into one buffer; None for OpenSlide."""
     if not slide.reader.startswith("tiff"):
         return None
     level = slide.levels[plan.level]
-    parts = blocks(plan, slide.levels[plan.level].shrunk(plan.shrink), 0, plan.rows)
+    parts = blocks(plan, level.shrunk(plan.shrink), 0, plan.rows)
     cells = np.unique(np.concatenate([block.cells for block in parts]), axis=0)
     encoded = [bytes(data) for data in slide.fetch(plan.level, cells)]
+    with tifffile.TiffFile(path) as opened:
+        pages: list[Any] = [*opened.pages, *(each.pages[0] for each in opened.series[0].levels)]
+        page = next(page for page in pages if (page.imagewidth, page.imagelength) == (level.width, level.height))
+        codec, tables = page.decode, page.jpegtables
     w, h = level.tile
-    tiles = slide._tiles[plan.level]  # type: ignore[attr-defined]
-    codec, numbers = tiles.decode, (cells[:, 1] * tiles.across + cells[:, 0]).tolist()
-    jpeg = encoded[0][:3] == b"\xff\xd8\xff" and b"\xff\xdb" in encoded[0]  # whole streams: no tables to add
+    numbers = (cells[:, 1] * -(-level.width // w) + cells[:, 0]).tolist()
+    if page.compression == JPEG:
+        head = (tables[:-2] if tables else b"\xff\xd8") + ADOBE[page.photometric]
+        encoded = [head + data[2:] for data in encoded]
 
     def decode() -> None:
         out = np.empty((h, w, 3), np.uint8)
-        if jpeg:
-            for data in encoded:
+        for data, number in zip(encoded, numbers, strict=True):
+            if page.compression == JPEG:
                 simplejpeg.decode_jpeg(data, "RGB", buffer=out)
-        else:
-            for data, number in zip(encoded, numbers, strict=True):
-                codec(data, number, out, 1)
+            else:
+                codec(data, number, _fullsize=True)
 
     return decode
 

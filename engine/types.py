@@ -131,7 +131,7 @@ class PlanSettings:
     overlap: int = 0  # pixels shared with the next tile
     tissue: Literal["auto", "none"] = "auto"  # the mask rule; "none" keeps every tile
     min_tissue: float = 0.1  # least fraction of a tile that must be tissue
-    scaled: bool = True  # let a codec decode at reduced scale where tiles are shrunk by 2, 4 or 8 anyway
+    scaled: bool = True  # let a codec decode at reduced scale where tiles are shrunk by an even number anyway
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.mpp <= 1000:

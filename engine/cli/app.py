@@ -67,7 +67,8 @@ def embed(
     tissue: Annotated[Literal["auto", "none"], typer.Option(help="none keeps every tile")] = _plan.tissue,
     min_tissue: Annotated[float, typer.Option(help="least tissue fraction of a tile")] = _plan.min_tissue,
     decode: Annotated[
-        Literal["scaled", "exact"], typer.Option(help="scaled lets a codec shrink where tiles are shrunk by 2, 4 or 8")
+        Literal["scaled", "exact"],
+        typer.Option(help="scaled: a codec may shrink, if by an even number"),
     ] = "scaled",
     reader: Annotated[
         Literal["auto", "openslide", "tiff"], typer.Option(help="who decodes; auto chooses for each file and names it")

@@ -22,7 +22,8 @@ def outcome_line(outcome: SourceOutcome) -> str:
         rate = f", {outcome.embedded / outcome.seconds:.1f} tiles/s" if outcome.embedded and outcome.seconds else ""
         before = ", complete before" if outcome.skipped else ""
         scale = f" at {outcome.mpp:.4g} µm/px" if outcome.mpp else ""
-        return f"{name}: {outcome.rows} tiles{scale}{rate}{before}"
+        damaged = f", complete with {outcome.unreadable} unreadable tiles" if outcome.unreadable else ""
+        return f"{name}: {outcome.rows} tiles{scale}{rate}{before}{damaged}"
     if outcome.outcome == "empty":
         return f"{name}: no tissue found, complete with 0 tiles"
     return f"{outcome.path}: {outcome.outcome}: {outcome.wrong}"

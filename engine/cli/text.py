@@ -12,7 +12,7 @@ __all__ = ["damage_text", "demo_text", "doctor_text", "encoders_text", "gate_tex
 
 STAGES = {  # of a shard's task -> in words
     "read": "waiting for the disk",
-    "decode": "reading and decoding on a core",
+    "decode": "decoding on a core",
     "core": "waiting for a core to read on",
     "resample": "cutting and resampling tiles",
     "batch": "waiting for room in a batch",

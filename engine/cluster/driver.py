@@ -259,6 +259,7 @@ class Driver:
             embedded=work.embedded,
             unreadable=work.unreadable,
             mpp=work.planned.mpp if work.planned else None,
+            reader=work.planned.reader if work.planned else "",
             kind=kind,
             wrong=wrong,
             seconds=time.monotonic() - work.started,

@@ -22,6 +22,7 @@ class SourceOutcome:
     unreadable: int = 0  # rows that lie on damaged parts of the file
     skipped: bool = False  # it was complete before this run began
     mpp: float | None = None  # micrometres that a tile pixel spans
+    reader: str = ""  # who decodes it; not told of a source that was skipped
     kind: str = ""  # the kind of error, "quarantined" among them
     wrong: str = ""  # what is wrong and what to do, without any path
     seconds: float = 0.0

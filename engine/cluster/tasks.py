@@ -85,6 +85,7 @@ class Planned:
     rows: int
     pending: tuple[Shard, ...]
     mpp: float  # what a tile pixel spans, which may differ a little from what was asked
+    reader: str  # who decodes it, with version
     seconds: float
 
 
@@ -127,10 +128,14 @@ def plan_source(job: Job, ref: SourceRef, spec: EncoderSpec, rate: float) -> Pla
         geometry = _planned_before(store, job, ref, patience) or _plan_now(store, job, ref, patience)
         row_bytes = 2 * sum(spec.outputs.values())
         store.begin(job.plan.key, spec, job.shard_rows or choose_shard_rows(geometry.rows, rate, row_bytes))
-        pending = tuple(store.pending(job.plan.key, spec))
-    return Planned(
-        source=ref.id, rows=geometry.rows, pending=pending, mpp=geometry.mpp, seconds=time.perf_counter() - start
-    )
+        return Planned(
+            source=ref.id,
+            rows=geometry.rows,
+            pending=tuple(store.pending(job.plan.key, spec)),
+            mpp=geometry.mpp,
+            reader=str(store.info()["reader"]),
+            seconds=time.perf_counter() - start,
+        )
 
 
 def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> Plan | None:
@@ -166,8 +171,8 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
         store = Archive.open(job.archive).source(ref.id)
         if store.acknowledged(shard):  # by a task whose answer was lost with its worker
             return ShardResult(shard=shard, seconds={}, pixels_read=0, pixels_covered=0)
-        slide = PatientSlide(patience.run(job.doors.open_slide, ref), patience)
-        _check_reader(store.info()["reader"], slide.reader, ref.id)
+        planned = _as_planned(ref, str(store.info()["reader"]))
+        slide = PatientSlide(patience.run(job.doors.open_slide, planned), patience)
         try:
             return stream.embed_shard(
                 shard, slide, store.read_plan(shard.plan), batcher, store, {**provenance, "reader": slide.reader}
@@ -176,11 +181,12 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
             slide.close()
 
 
-def _check_reader(planned: str, now: str, source: str) -> None:
-    """Raise SourceError if another reader than the one that planned a source would go on with it."""
-    if planned.split()[0] != now.split()[0]:
-        wrong = f"it was planned with the reader {planned!r} and would now be read with {now!r}"
-        raise SourceError(source, wrong, f"use --reader {planned.split()[0]}")
+def _as_planned(ref: SourceRef, reader: str) -> SourceRef:
+    """The source, to be opened by the reader that planned it. Raises SourceError if another one was asked for."""
+    name = reader.split()[0]
+    if ref.reader not in ("auto", name):
+        raise SourceError(ref.id, f"it was planned with the reader {reader!r}", f"use --reader auto or {name}")
+    return replace(ref, reader=name)
 
 
 def complete_source(job: Job, ref: SourceRef, encoder: str) -> Completed:

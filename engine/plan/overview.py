@@ -27,18 +27,21 @@ class Overview:
 def read_overview(slide: Slide) -> Overview:
     """Read from the coarsest level of at most 8 µm per pixel (level 0 if there is none), and reduce by area.
 
-    A slide that has no such level but level 0 is read whole, in rectangles of about 1,024 px. Raises SourceError.
+    A slide that has no such level but level 0 is read whole, in rectangles of about 1,024 px, at reduced scale where
+    its codec can. Raises SourceError.
     """
     fine = [i for i, level in enumerate(slide.levels) if slide.mpp * level.downsample <= TARGET_MPP * 1.05]
     index = max(fine, key=lambda i: slide.levels[i].downsample, default=0)
     level = slide.levels[index]
     factor = max(1, int(TARGET_MPP / (slide.mpp * level.downsample) + 0.05))
     factor = max(factor, math.ceil(math.sqrt(level.width * level.height / MOST_PIXELS)))
+    scaled = max(each for each in level.shrinks if factor % each == 0)
+    level, factor = level.shrunk(scaled), factor // scaled
     side = factor * max(1, READ_PIXELS // factor)
     rgb = np.empty((math.ceil(level.height / factor), math.ceil(level.width / factor), 3), np.uint8)
     for y in range(0, level.height, side):
         for x in range(0, level.width, side):
-            pixels = slide.read(index, x, y, min(side, level.width - x), min(side, level.height - y))
+            pixels = slide.read(index, x, y, min(side, level.width - x), min(side, level.height - y), scaled)
             small = shrink(pixels, factor)
             h, w, _ = small.shape
             rgb[y // factor : y // factor + h, x // factor : x // factor + w] = small

@@ -42,5 +42,5 @@ def open_slide(ref: SourceRef) -> Slide:
         return TiffSlide(ref)
     except Unsupported as error:
         if ref.reader == "tiff":
-            raise SourceError(ref.id, f"the reader tiff cannot take it: {error}", "use --reader auto") from error
+            raise SourceError(ref.id, f"the reader tiff cannot take it: {error}", "use another reader") from error
     return OpenSlideSlide(ref)

@@ -23,7 +23,7 @@ from patchmill.types import Level, SourceRef
 
 __all__ = ["Facts", "OpenSlideSlide", "facts_of"]
 
-CACHE_BYTES = 64 << 20  # decoded tiles kept per process, for all its slides: strips and blocks share seams through it
+CACHE_BYTES = 64 << 20  # decoded tiles kept per process, for all its slides: reads that cut them share them through it
 STRIP = 256  # rows that are read in one call, so that what OpenSlide and Pillow hold beside the result stays small
 ANISOTROPY = 0.05  # pixels less square than this are refused: one mpp cannot describe them
 KEPT = {  # property of OpenSlide -> our name and type; nothing else of a file's properties is kept

@@ -26,11 +26,12 @@ from patchmill.sources.files import check_readable, failure
 from patchmill.sources.openslide import Facts, facts_of
 from patchmill.types import Level, SourceRef
 
-__all__ = ["TiffSlide", "Unsupported"]
+__all__ = ["ADOBE", "JPEG", "TiffSlide", "Unsupported"]
 
 VENDORS = frozenset({"aperio", "generic-tiff"})  # whose tiles lie on a plain grid; Ventana's overlap, others have holes
 JPEG, RGB, YCBCR = 7, 2, 6  # values of tags
 TILED_CODECS = frozenset({1, 5, 8, 32946, 33005, 34712})  # none, LZW, Deflate (two numbers), JPEG 2000 (two)
+MOST_SIDE = 2048  # pixels of a tile: a few must fit into the memory of every task
 MOST_ENCODED = 64 << 20  # bytes of a tile; more is a damaged directory
 GAP = 16 << 10  # bytes between two tiles that are read over rather than asked for twice
 ADOBE = {  # the marker that tells libjpeg which colours the stream holds
@@ -174,7 +175,10 @@ class File:
 def facts_and_pages(opened: tifffile.TiffFile, ref: SourceRef) -> tuple[Facts, list[Any]]:
     """The slide's description, and for each of its levels the directory that holds its tiles."""
     if opened.is_ome:
-        pages: list[Any] = [level.pages[0] for level in opened.series[0].levels]
+        levels = opened.series[0].levels
+        if any(len(level.pages) != 1 for level in levels):
+            raise Unsupported("several planes")
+        pages: list[Any] = [level.pages[0] for level in levels]
         return ome_facts(opened, pages, ref), pages
     try:
         with openslide.OpenSlide(ref.path) as handle:
@@ -219,7 +223,7 @@ def tiles_of(page: Any, file: File) -> Tiles:
         raise Unsupported("not 8-bit RGB, pixel by pixel")
     if not page.is_tiled or page.imagedepth != 1 or page.fillorder != 1:
         raise Unsupported("not tiled")
-    if not (64 <= page.tilewidth <= 4096 and 64 <= page.tilelength <= 4096):
+    if not (64 <= page.tilewidth <= MOST_SIDE and 64 <= page.tilelength <= MOST_SIDE):
         raise Unsupported("tiles of a size that is no use")
     across, down = math.ceil(page.imagewidth / page.tilewidth), math.ceil(page.imagelength / page.tilelength)
     offsets, lengths = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)

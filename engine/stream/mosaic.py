@@ -26,13 +26,8 @@ class Mosaic:
     """
 
     def __init__(self, slide: PatientSlide, plan: Plan, blocks: Sequence[Block], clock: StageClock) -> None:
-        self._slide, self._level, self._shrink, self._blocks, self._clock = (
-            slide,
-            plan.level,
-            plan.shrink,
-            blocks,
-            clock,
-        )
+        self._slide, self._blocks, self._clock = slide, blocks, clock
+        self._level, self._shrink = plan.level, plan.shrink
         w, h = slide.levels[plan.level].shrunk(plan.shrink).tile
         self._uses: defaultdict[Cell, list[int]] = defaultdict(list)  # blocks that need a cell, the last one first
         self._needed = [cells_in(block) for block in blocks]
@@ -135,6 +130,7 @@ def cells_in(block: Block) -> list[Cell]:
 
 
 def array_of(cells: list[Cell]) -> Int32[np.ndarray, "n 2"]:
+    """As slides take them."""
     return np.array(cells, np.int32).reshape(-1, 2)
 
 

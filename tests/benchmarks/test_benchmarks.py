@@ -108,3 +108,26 @@ def test_the_slide_that_is_made_shows_real_tiles(slide):
     (first, *_) = tiles_of([slide], 16, PlanSettings(tissue="none"))
     difference = abs(gate_tiles(224).astype(int) - first).mean(axis=(1, 2, 3))
     assert sorted(difference)[0] < 4 < sorted(difference)[1]  # one of them, but for JPEG's second pass
+
+
+@pytest.mark.slow
+def test_ingest_is_measured_beside_the_loader_and_the_codec(slide, capsys):
+    """Of a file of one's own, and of those that are made: every codec, ratio and reader."""
+    assert main(["bench", "ingest", "--input", str(slide), "--rounds", "1", "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)["rows"]
+    assert main(["bench", "ingest", "--tiles", "4", "--rounds", "1", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    for case in (
+        "jpeg, ratio 1",
+        "jpeg2000, ratio 1",
+        "deflate, ratio 1",
+        "jpeg, ratio 2, exact",
+        "jpeg, ratio 4, scaled",
+    ):
+        row = next(row for row in record["rows"] if row["case"] == f"{case}, 1 core")
+        assert row["value"] > 0
+        assert row["baseline"] == "peers' loader, 1"
+        assert row["limit"] == "bare codec"
+        assert row["of_limit"] > 0
+    assert any("OpenSlide" in row["case"] for row in own)
+    assert any("decoded at 1/4, cells of 64 px" in note for note in record["notes"])

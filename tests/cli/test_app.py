@@ -9,7 +9,7 @@ import typer
 from openslide import OpenSlide
 from PIL import Image
 
-from patchmill import RunSettings, api
+from patchmill import RunSettings, api, sources
 from patchmill.api import demonstration
 from patchmill.cli.app import app
 from patchmill.errors import EncoderError, NoSpaceError, SourceError
@@ -251,3 +251,9 @@ def test_the_demonstration_and_the_commands_that_it_proposes(patchmill, slides, 
     assert ran.out == json.dumps(value) + "\n"
     assert value["picture"] == "shown/hits.png"
     assert value["run"]["tiles"] == 0
+
+
+def test_what_the_command_line_says_of_readers_is_what_they_say(patchmill):
+    options = {option: parameter for parameter in VERBS["embed"].params for option in parameter.opts}
+    assert tuple(options["--reader"].type.choices) == sources.READERS
+    assert options["--read-timeout"].default == sources.READ_TIMEOUT

@@ -11,9 +11,10 @@ import pytest
 
 from patchmill import EncodeSettings, PlanSettings, RunSettings, embed
 from patchmill.archive import Archive
+from patchmill.cli.progress import outcome_line
 from patchmill.errors import EncoderError, UsageError
 from patchmill.testing.encoders import null_doors
-from patchmill.testing.slides import write_formula
+from patchmill.testing.slides import FormulaSlide, write_formula, write_pyramid
 
 
 def run(archive, *sources, tile=64, workers=0, new_plan=False, shard_rows=16, settings=None, **plan):
@@ -100,6 +101,9 @@ def test_a_failing_source_leaves_the_others_alone(tmp_path):
     assert found["small.json"].outcome == found["missing.json"].outcome == "failed"
     assert found["broken.json"].outcome == "complete"  # all but the tiles on its damaged part
     assert 0 < found["broken.json"].unreadable < found["broken.json"].rows
+    assert found["broken.json"].reader == "formula 1"
+    said = outcome_line(found["broken.json"])
+    assert said.endswith(f"complete with {found['broken.json'].unreadable} unreadable tiles")
     stored = next((tmp_path / "archive").glob("runs/*/report.json")).read_text()
     assert "missing.json" not in stored  # records name ids
     assert found["missing.json"].source in stored
@@ -186,3 +190,25 @@ def test_a_stalled_source_fails_and_the_others_go_on(tmp_path):
     assert found["good.json"].outcome == "complete"
     assert found["stalled.json"].outcome == "transient"
     assert "has not answered for 1 s" in found["stalled.json"].wrong
+
+
+def test_the_reader_that_planned_a_source_goes_on_with_it(tmp_path):
+    path, archive = tmp_path / "a.tiff", tmp_path / "archive"
+    write_pyramid(path, FormulaSlide(640, 640, disc=0.6))
+    (first,) = run(archive, path, settings={"reader": "openslide"}).outcomes
+    assert first.reader.startswith("openslide ")
+    store = next(archive.glob("sources/*/*"))
+
+    def half_done():
+        for record in [*store.glob("commits/*/*/complete.json"), *store.glob("commits/*/*/16.json")]:
+            record.unlink()
+
+    half_done()
+    (other,) = run(archive, path, settings={"reader": "tiff"}).outcomes
+    assert (other.outcome, other.wrong.split(";")[1]) == ("failed", " use --reader auto or openslide")
+    (again,) = run(archive, path).outcomes  # auto would take the direct reader for a new source
+    assert (again.outcome, again.embedded) == ("complete", 16)
+    commits = [json.loads(record.read_text()) for record in store.glob("commits/*/*/[0-9]*.json")]
+    assert {commit["provenance"]["reader"] for commit in commits} == {first.reader}
+    (fresh,) = run(tmp_path / "other", path).outcomes
+    assert fresh.reader.startswith("tiff ")

@@ -26,7 +26,7 @@ class Counting:
         self.slide, self.reads = slide, []
         self.levels, self.mpp, self.reader, self.metadata = slide.levels, slide.mpp, slide.reader, slide.metadata
 
-    def read(self, level, x, y, width, height):
+    def read(self, level, x, y, width, height, shrink=1):
         self.reads.append((level, width, height))
         return self.slide.read(level, x, y, width, height)
 
@@ -232,7 +232,7 @@ def test_memory_does_not_grow_with_a_slide_of_one_level():
 
 def test_the_overview_itself_is_bounded():
     class Blank(FormulaSlide):
-        def read(self, level, x, y, width, height):
+        def read(self, level, x, y, width, height, shrink=1):
             return np.full((height, width, 3), 255, np.uint8)
 
     overview = read_overview(Blank(200_000, 100_000, 0.5, (1, 16)))
@@ -254,9 +254,12 @@ class Shrinking(FormulaSlide):
         (0.9, True, 1, 1.8, 0.9),
         (1.0, True, 2, 1.0, 1.0),
         (1.02, True, 2, 1.0, 1.0),  # within 5 %, as with a level
-        (1.5, True, 2, 1.5, 1.5),
+        (1.5, True, 1, 3.0, 1.5),  # the mean of means would be blurred
+        (1.1, True, 1, 2.2, 1.1),
         (2.0, True, 4, 1.0, 2.0),
-        (4.5, True, 4, 2.25, 4.5),
+        (3.0, True, 2, 3.0, 3.0),
+        (4.0, True, 4, 2.0, 4.0),
+        (4.5, True, 1, 9.0, 4.5),
         (2.0, False, 1, 4.0, 2.0),
     ],
 )

@@ -228,37 +228,6 @@ def test_blocks_are_read_in_the_order_of_the_file(archive):
     assert slide.cells == [(column, 0) for column in range(18)]
 
 
-def test_background_is_not_decoded(archive):
-    """Cells that no tile of the plan touches are not even fetched."""
-    slide = Counting(3000, 3000, disc=0.2)
-    source = laid_out(archive, slide, replace(NONE, tissue="auto"), shard_rows=1024)
-    with batching(NullEncoder(32)) as batcher:
-        for shard in source.shards:
-            embedded(source, shard, batcher)
-    touched = {
-        (x // 256, y // 256)
-        for left, top in source.plan.coords.tolist()
-        for x in (left, left + 31)
-        for y in (top, top + 31)
-    }
-    assert set(slide.cells) == touched
-    assert len(touched) < 12 * 12 / 2
-
-
-@pytest.mark.parametrize("arena", [1, 3 * 256 * 256 * 3, 48 << 20])
-def test_a_small_arena_costs_time_but_no_pixel(archive, arena, monkeypatch):
-    monkeypatch.setattr("patchmill.stream.mosaic.MOST_BYTES", arena)
-    slide = Counting(6000, 2600, mpp=0.41, disc=0.6)
-    source = laid_out(archive, slide, replace(NONE, tile=48), shard_rows=8192)
-    with batching(NullEncoder(48)) as batcher:
-        for shard in source.shards:
-            result = embedded(source, shard, batcher)
-    assert result.pixels_read == len(slide.cells) * 256 * 256
-    assert (len(slide.cells) > len(set(slide.cells))) == (arena < 1 << 20)
-    some = SimpleNamespace(**{**vars(source), "plan": replace(source.plan, coords=source.plan.coords[::97])})
-    np.testing.assert_array_equal(stored(source)[::97], alone(some, NullEncoder(48), kernels.pack))
-
-
 def test_tiles_on_damaged_cells_are_marked_and_all_others_are_as_ever(archive):
     settings = replace(NONE, overlap=8)
     bad = laid_out(archive, FormulaSlide(700, 600, disc=0.6, fail_at=(300, 300)), settings)

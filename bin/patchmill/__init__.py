@@ -1,0 +1,1 @@
+/work/main/engine/__init__.py

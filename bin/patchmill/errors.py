@@ -1,0 +1,1 @@
+/work/main/engine/errors.py

@@ -1,0 +1,82 @@
+"""Storage that never answers is given up, storage that is slow but moves is not."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from patchmill.errors import SourceError, TransientError
+from patchmill.sources import Patience, PatientSlide, content_fingerprint
+from patchmill.testing.contracts import SlideContract
+from patchmill.testing.slides import FormulaSlide
+
+
+def test_results_and_errors_come_back_in_order():
+    with Patience("s1", limit=30) as patience:
+        futures = [patience.start(pow, 2, n) for n in range(5)]
+        failing = patience.start(int, "x")
+        assert [patience.result(future) for future in futures] == [1, 2, 4, 8, 16]
+        with pytest.raises(ValueError, match="invalid literal"):
+            patience.result(failing)
+        assert patience.run(dict, a=1) == {"a": 1}
+
+
+def test_what_does_not_answer_is_given_up_and_asked_for_nothing_more():
+    never, called = threading.Event(), []
+    with Patience("s1", limit=0.2) as patience:
+        with pytest.raises(TransientError, match=r"^s1: its storage has not answered for 0\.2 s; "):
+            patience.run(never.wait)
+        start = time.monotonic()
+        with pytest.raises(TransientError):
+            patience.run(called.append, 1)
+        assert time.monotonic() - start < 0.2  # at once: there is nobody to do it
+    never.set()
+
+
+def test_what_moves_is_waited_for(tmp_path):
+    with Patience("s1", limit=0.3) as patience:
+
+        def slow():
+            for _ in range(8):
+                time.sleep(0.1)
+                patience.beat()
+            return "done"
+
+        assert patience.run(slow) == "done"
+
+
+def test_a_fingerprint_moves_with_every_read(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(5 << 20))
+    beats = []
+    content_fingerprint(str(tmp_path / "a"), full=True, beat=lambda: beats.append(1))
+    assert len(beats) == 5
+
+
+def test_its_thread_ends_with_it():
+    before = threading.active_count()
+    with Patience("s1") as patience:
+        patience.run(int)
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.02)
+    assert threading.active_count() == before
+
+
+class TestPatientSlide(SlideContract):
+    @pytest.fixture
+    def slide(self):
+        with Patience("s1", limit=60) as patience:
+            yield PatientSlide(FormulaSlide(900, 700, downsamples=(1, 4)), patience)
+
+
+def test_a_read_and_a_fetch_that_stall_fail_as_their_source():
+    slide = FormulaSlide(900, 700, delay=3600)
+    for ask in (
+        lambda patient: patient.read(0, 0, 0, 9, 9),
+        lambda patient: patient.fetch(0, np.zeros((1, 2), np.int32)),
+        lambda patient: patient.fetch_ahead(0, np.zeros((1, 2), np.int32))(),
+    ):
+        with Patience("s1", limit=0.2) as patience, pytest.raises(SourceError, match="s1: its storage"):
+            ask(PatientSlide(slide, patience))
