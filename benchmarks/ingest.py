@@ -164,7 +164,7 @@ def on(cores: int, run: Callable[[], float]) -> float:
 
 def ours(slide: Slide, plan: Plan, threads: int) -> float:
     """Tiles per second from file to batch buffers, with what `embed` does up to its encoder."""
-    cuts = np.linspace(0, plan.rows, threads + 1).astype(int)
+    cuts = np.linspace(0, plan.rows, min(threads, plan.rows) + 1).astype(int)
     level = slide.levels[plan.level].shrunk(plan.shrink)
 
     def work(first: int, last: int) -> None:

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
+from patchmill.sources import read_or_none
 from patchmill.types import Slide
 
 __all__ = ["Overview", "read_overview"]
@@ -20,6 +21,7 @@ class Overview:
     """The slide, shrunk by area. Pixel (0, 0) starts at the slide's own; the last ones may reach over its edge."""
 
     rgb: UInt8[np.ndarray, "h w 3"]
+    unknown: Bool[np.ndarray, "h w"]  # lies on damaged parts of the file in part or as a whole
     scale: float  # level-0 pixels per pixel
     mpp: float  # micrometres per pixel
 
@@ -28,10 +30,20 @@ def read_overview(slide: Slide) -> Overview:
     """Read from the coarsest level of at most 8 µm per pixel (level 0 if there is none), and reduce by area.
 
     A slide that has no such level but level 0 is read whole, in rectangles of about 1,024 px, at reduced scale where
-    its codec can. Raises SourceError.
+    its codec can; so is one whose coarser levels are lost. Raises SourceError if level 0 is lost too, TransientError if
+    the storage fails.
     """
     fine = [i for i, level in enumerate(slide.levels) if slide.mpp * level.downsample <= TARGET_MPP * 1.05]
-    index = max(fine, key=lambda i: slide.levels[i].downsample, default=0)
+    for index in sorted(fine, key=lambda i: -slide.levels[i].downsample) or [0]:
+        overview = overview_of(slide, index)
+        if not overview.unknown.all():
+            return overview
+    slide.read(0, 0, 0, 1, 1)  # raises what is wrong with it
+    return overview
+
+
+def overview_of(slide: Slide, index: int) -> Overview:
+    """One level, reduced by area to about 8 µm per pixel. Raises TransientError."""
     level = slide.levels[index]
     factor = max(1, int(TARGET_MPP / (slide.mpp * level.downsample) + 0.05))
     factor = max(factor, math.ceil(math.sqrt(level.width * level.height / MOST_PIXELS)))
@@ -39,14 +51,38 @@ def read_overview(slide: Slide) -> Overview:
     level, factor = level.shrunk(scaled), factor // scaled
     side = factor * max(1, READ_PIXELS // factor)
     rgb = np.empty((math.ceil(level.height / factor), math.ceil(level.width / factor), 3), np.uint8)
+    unknown = np.zeros(rgb.shape[:2], bool)
     for y in range(0, level.height, side):
         for x in range(0, level.width, side):
-            pixels = slide.read(index, x, y, min(side, level.width - x), min(side, level.height - y), scaled)
-            small = shrink(pixels, factor)
-            h, w, _ = small.shape
-            rgb[y // factor : y // factor + h, x // factor : x // factor + w] = small
+            w, h = min(side, level.width - x), min(side, level.height - y)
+            place = slice(y // factor, math.ceil((y + h) / factor)), slice(x // factor, math.ceil((x + w) / factor))
+            pixels = read_or_none(slide, index, x, y, w, h, scaled)
+            if pixels is None:
+                pixels, damaged = read_around_damage(slide, index, (x, y, w, h), level.tile, scaled)
+                unknown[place] = shrink(np.repeat(damaged[..., None], 3, axis=2), factor)[..., 0] > 0
+            rgb[place] = shrink(pixels, factor)
     scale = factor * level.downsample
-    return Overview(rgb, scale, slide.mpp * scale)
+    return Overview(rgb, unknown, scale, slide.mpp * scale)
+
+
+def read_around_damage(
+    slide: Slide, index: int, rectangle: tuple[int, int, int, int], cell: tuple[int, int], scaled: int
+) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
+    """The pixels of a rectangle (x, y, width, height), white where damaged, and 255 there in a second array."""
+    x, y, width, height = rectangle
+    pixels = np.full((height, width, 3), 255, np.uint8)
+    damaged = np.zeros((height, width), np.uint8)
+    for top in range(y // cell[1] * cell[1], y + height, cell[1]):
+        for left in range(x // cell[0] * cell[0], x + width, cell[0]):
+            x0, x1 = max(left, x), min(left + cell[0], x + width)
+            y0, y1 = max(top, y), min(top + cell[1], y + height)
+            place = slice(y0 - y, y1 - y), slice(x0 - x, x1 - x)
+            part = read_or_none(slide, index, x0, y0, x1 - x0, y1 - y0, scaled)
+            if part is None:
+                damaged[place] = 255
+            else:
+                pixels[place] = part
+    return pixels, damaged
 
 
 def shrink(pixels: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray, "a b 3"]:

@@ -50,9 +50,13 @@ class TissueMask:
 
 
 def tissue_mask(slide: Slide) -> TissueMask:
-    """Find the tissue of a slide; may be none. Raises SourceError where the slide cannot be read."""
+    """Find the tissue of a slide; may be none. Raises SourceError where the slide cannot be read.
+
+    What lies on damaged parts of the file counts as tissue: its tiles are planned, and told to be unreadable or read
+    from another level, but never left out in silence.
+    """
     overview = read_overview(slide)
-    return TissueMask(tissue_in(overview), overview.scale)
+    return TissueMask(tissue_in(overview) | overview.unknown, overview.scale)
 
 
 def tissue_in(overview: Overview) -> Bool[np.ndarray, "h w"]:

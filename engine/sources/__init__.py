@@ -2,7 +2,7 @@
 
 from patchmill.errors import SourceError
 from patchmill.sources.catalog import CatalogEntry, find_sources
-from patchmill.sources.cells import CellsByRectangle, read_cells
+from patchmill.sources.cells import CellsByRectangle, read_or_none
 from patchmill.sources.content import content_fingerprint
 from patchmill.sources.openslide import OpenSlideSlide
 from patchmill.sources.patience import READ_TIMEOUT, Patience, PatientSlide
@@ -21,7 +21,7 @@ __all__ = [
     "content_fingerprint",
     "find_sources",
     "open_slide",
-    "read_cells",
+    "read_or_none",
 ]
 
 READERS = ("auto", "openslide", "tiff")

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int32, UInt8
 from patchmill.errors import SourceError, TransientError
 from patchmill.types import Level, Slide
 
-__all__ = ["CellsByRectangle", "read_cells", "whiten_outside"]
+__all__ = ["CellsByRectangle", "read_cells", "read_or_none", "whiten_outside"]
 
 
 class CellsByRectangle:
@@ -20,7 +20,8 @@ class CellsByRectangle:
 
     def fetch(self: Slide, level: int, cells: Int32[np.ndarray, "n 2"]) -> Sequence[Any]:
         """The pixels of each cell, None where it is unreadable. Raises TransientError if the storage fails."""
-        return [cell_or_none(self, level, column, row) for column, row in cells.tolist()]
+        w, h = self.levels[level].tile
+        return [read_or_none(self, level, column * w, row * h, w, h) for column, row in cells.tolist()]
 
     def decode(
         self: Slide,
@@ -37,11 +38,12 @@ class CellsByRectangle:
         return np.array([pixels is not None for pixels in fetched], bool)
 
 
-def cell_or_none(slide: Slide, level: int, column: int, row: int) -> UInt8[np.ndarray, "h w 3"] | None:
-    """The pixels of a cell, or None if the file is damaged there."""
-    w, h = slide.levels[level].tile
+def read_or_none(
+    slide: Slide, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+) -> UInt8[np.ndarray, "h w 3"] | None:
+    """`Slide.read`, but None if the file is damaged there. Raises TransientError."""
     try:
-        return slide.read(level, column * w, row * h, w, h)
+        return slide.read(level, x, y, width, height, shrink)
     except TransientError:
         raise
     except SourceError:

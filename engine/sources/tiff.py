@@ -283,7 +283,7 @@ def decode_jpeg(data: bytes, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bo
                 return False
             pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out, strict=strict, **size)
             return bool(pixels.shape == out.shape)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:  # KeyError: simplejpeg's, for what has no header
             if "extraneous bytes" not in str(error):
                 return False
     return False

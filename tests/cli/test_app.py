@@ -3,6 +3,7 @@
 import json
 import shlex
 from functools import partial
+from typing import get_args
 
 import pytest
 import typer
@@ -255,5 +256,5 @@ def test_the_demonstration_and_the_commands_that_it_proposes(patchmill, slides, 
 
 def test_what_the_command_line_says_of_readers_is_what_they_say(patchmill):
     options = {option: parameter for parameter in VERBS["embed"].params for option in parameter.opts}
-    assert tuple(options["--reader"].type.choices) == sources.READERS
+    assert get_args(options["--reader"].type_descriptor.annotation) == sources.READERS
     assert options["--read-timeout"].default == sources.READ_TIMEOUT

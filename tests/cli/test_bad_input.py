@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -38,8 +40,12 @@ def cut(path: Path, good: Path, part: float) -> None:
 
 
 def spoil(path: Path, good: Path) -> None:
+    """Every tile is lost."""
     data = bytearray(good.read_bytes())
-    data[16:4016] = bytes(4000)  # the first tile's JPEG follows the header of 16 bytes
+    with tifffile.TiffFile(good) as file:
+        for page in file.pages:
+            for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True):
+                data[offset : offset + length] = bytes(length)
     path.write_bytes(data)
 
 
@@ -112,6 +118,28 @@ def test_a_real_slide_that_was_cut_short_is_refused(embed, archive, real_slide, 
     (line,) = ran.err.splitlines()
     assert line.startswith(f"{tmp_path / 'cut.svs'}: failed: ")
     assert "copy it again" in line
+
+
+@pytest.mark.parametrize("levels", [(1,), (1, 4, 16)])
+def test_one_damaged_tile_costs_the_tiles_on_it(embed, patchmill, archive, tmp_path, levels):
+    """Whether it is one of the level that tiles are read from, or also the one that tissue is looked for on."""
+    path = tmp_path / "damaged.tif"
+    write_pyramid(path, FormulaSlide(1500, 1500, seed=9, downsamples=levels))
+    whole = embed(archive, path)
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        for page in (file.pages[0], file.pages[-1]):
+            number = 14 if page.imagewidth > 1400 else 0  # the third in the third row of six
+            offset, length = page.dataoffsets[number], page.databytecounts[number]
+            data[offset : offset + length] = bytes(length)
+    path.write_bytes(data)
+    ran = embed(tmp_path / "other", path)
+    assert (whole.code, ran.code) == (0, 0)
+    rows = int(re.search(r"([0-9]+) tiles at", whole.err)[1])
+    damaged = re.search(r"([0-9]+) tiles at .*, complete with ([0-9]+) unreadable tiles$", ran.err.strip())
+    assert int(damaged[1]) >= rows  # none is left out
+    assert int(damaged[2]) == 4  # of 224 px, on 256 px from 512 on
+    assert "4 unreadable" in patchmill("status", tmp_path / "other").out
 
 
 def test_mpp_override_cures_a_slide_without_mpp(embed, archive, tmp_path):

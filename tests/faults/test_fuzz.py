@@ -54,8 +54,10 @@ for number in range(first, last):
             size = slide.levels[0]
             w, h = size.tile
             cells = np.array([[0, 0], [size.width // w // 2, size.height // h // 2]], np.int32)
-            out = [np.empty((h, w, 3), np.uint8) for _ in cells]
-            good = slide.decode(0, cells, slide.fetch(0, cells), out)
+            good, fetched = np.array(True), slide.fetch(0, cells)
+            for shrink in size.shrinks:
+                out = [np.empty((h // shrink, w // shrink, 3), np.uint8) for _ in cells]
+                good = good & slide.decode(0, cells, fetched, out, shrink)
             slide.close()
             found = "read" if good.all() else "read in part"
         except (SourceError, Unsupported) as error:

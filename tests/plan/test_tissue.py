@@ -38,7 +38,7 @@ STAINED = {  # colours as they are seen at 8 µm per pixel
 
 
 def mask_of(rgb, mpp=8.0):
-    return tissue_in(Overview(np.ascontiguousarray(rgb), 16.0, mpp))
+    return tissue_in(Overview(np.ascontiguousarray(rgb), np.zeros(rgb.shape[:2], bool), 16.0, mpp))
 
 
 def noisy(picture, seed=0, amount=3.0):

@@ -223,6 +223,9 @@ def test_a_damaged_tile_is_unreadable_and_its_neighbours_are_not(tmp_path, codec
     assert found.tolist()[::2] == [True, True]
     assert np.array_equal(after[0], before[0])
     assert np.array_equal(after[2], before[2])
+    for shrink in slide.levels[0].shrinks[1:]:
+        small = [np.empty((h // shrink, w // shrink, 3), np.uint8) for _ in cells]
+        assert slide.decode(0, cells, slide.fetch(0, cells), small, shrink).tolist() == [True, False, True]
     if not (how == "half" and codec == "jpeg2000"):  # OpenJPEG decodes what there is of a layered stream
         assert not found[1]
         with pytest.raises(SourceError, match="undecodable at level 0"):
@@ -244,5 +247,7 @@ def test_a_tile_of_another_size_than_the_directory_says_is_unreadable(tmp_path):
     for side in (64, 512):
         file = io.BytesIO()
         Image.fromarray(picture(side, side)).save(file, "JPEG")
-        out = np.empty((256, 256, 3), np.uint8)
-        assert not slide.decode(0, np.zeros((1, 2), np.int32), [memoryview(file.getvalue())], [out])[0]
+        for shrink in (1, 2, 4):
+            out = np.empty((256 // shrink, 256 // shrink, 3), np.uint8)
+            data = [memoryview(file.getvalue())]
+            assert not slide.decode(0, np.zeros((1, 2), np.int32), data, [out], shrink)[0]
