@@ -45,17 +45,18 @@ class SlideContract:
             assert pixels.flags.c_contiguous
 
     def test_cells_are_what_is_read(self, slide: Slide) -> None:
-        """The first cell of each level, one inside and the last one, at every scale; white beyond the level."""
+        """The cells in the corners of each level and one inside, at every scale; white beyond the level."""
         for number, level in enumerate(slide.levels):
             assert 1 in level.shrinks
             w, h = level.tile
             last = ((level.width - 1) // w, (level.height - 1) // h)
-            cells = np.array([(0, 0), (last[0] // 2, last[1] // 2), last], np.int32)
+            corners = [(column, row) for column in (0, last[0]) for row in (0, last[1])]
+            cells = np.array([*corners, (last[0] // 2, last[1] // 2)], np.int32)
             fetched = slide.fetch(number, cells)
             for shrink in level.shrinks:
                 w, h = level.shrunk(shrink).tile
                 out = [np.full((h, w, 3), 7, np.uint8) for _ in cells]
-                assert slide.decode(number, cells, fetched, out, shrink).tolist() == [True] * 3
+                assert slide.decode(number, cells, fetched, out, shrink).all()
                 for (column, row), pixels in zip(cells.tolist(), out, strict=True):
                     assert np.array_equal(pixels, slide.read(number, column * w, row * h, w, h, shrink))
 

@@ -206,3 +206,9 @@ def test_refuses_a_cell_that_is_not_there():
             8.0,
             np.empty((1, 8, 8, 3), np.uint8),
         )
+
+
+def test_refuses_a_buffer_with_gaps():
+    buffer = np.empty((2, 8, 16, 3), np.uint8)[:, :, ::2]
+    with pytest.raises(ValueError, match="not contiguous"):
+        pack(np.zeros((1, 9, 9, 3), np.uint8), np.zeros((1, 1), np.int32), np.zeros((2, 2), np.int32), 8.0, buffer)

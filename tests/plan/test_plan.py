@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchmill.archive.plans import load_plan, plan_files
 from patchmill.archive.records import plan_from
 from patchmill.errors import SourceError
 from patchmill.kernels import pack
@@ -280,3 +281,16 @@ def test_scaled_decoding_is_part_of_the_key_and_plans_from_before_it_are_exact()
     before = {name: value for name, value in asdict(exact).items() if name != "scaled"}
     assert plan_from(before) == exact
     assert plan_from(asdict(scaled)) == scaled
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_plan_comes_back_from_its_files(tmp_path, scaled):
+    plan = plan_slide(Shrinking(3000, 2000), PlanSettings(mpp=1.0, tissue="none", tile=64, scaled=scaled), "s1")
+    for path, data in plan_files(plan).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    again = load_plan(tmp_path, plan.key)
+    assert (again.shrink, again.downsample, again.ratio) == (plan.shrink, plan.downsample, plan.ratio)
+    assert again.shrink == (2 if scaled else 1)
+    assert again.settings == plan.settings
+    assert np.array_equal(again.coords, plan.coords)

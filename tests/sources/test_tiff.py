@@ -11,7 +11,7 @@ from PIL import Image
 
 from patchmill.errors import SourceError
 from patchmill.sources import OpenSlideSlide, TiffSlide, open_slide
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.tiff import Unsupported, decode_jpeg
 from patchmill.testing.contracts import SlideContract
 from patchmill.testing.slides import FormulaSlide, write_pyramid
 from patchmill.types import SourceRef
@@ -153,6 +153,16 @@ def test_ome_pyramids_give_their_levels_and_mpp(tmp_path):
         np.testing.assert_array_equal(slide.read(number, 0, 0, each.shape[1], each.shape[0]), each)
 
 
+def test_an_ome_stack_is_left_to_openslide(tmp_path):
+    """Its first plane alone would pass for the slide."""
+    path = tmp_path / "stack.ome.tif"
+    stack = np.stack([picture(300, 300, seed) for seed in range(2)])
+    facts = {"axes": "ZYXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+    tifffile.imwrite(path, stack, tile=(128, 128), photometric="rgb", metadata=facts, **CM)
+    with pytest.raises(Unsupported, match="several planes"):
+        TiffSlide(ref(path))
+
+
 class TestTiffSlide(SlideContract):
     @pytest.fixture(params=["jpeg", "zlib"])
     def slide(self, tmp_path, request):
@@ -251,3 +261,14 @@ def test_a_tile_of_another_size_than_the_directory_says_is_unreadable(tmp_path):
             out = np.empty((256 // shrink, 256 // shrink, 3), np.uint8)
             data = [memoryview(file.getvalue())]
             assert not slide.decode(0, np.zeros((1, 2), np.int32), data, [out], shrink)[0]
+
+
+def test_superfluous_bytes_in_a_tile_harm_nothing():
+    file = io.BytesIO()
+    Image.fromarray(picture(128, 128)).save(file, "JPEG")
+    data = file.getvalue()
+    scan = data.index(b"\xff\xda")
+    whole, padded = (np.empty((128, 128, 3), np.uint8) for _ in range(2))
+    assert decode_jpeg(data, whole, 1)
+    assert decode_jpeg(data[:scan] + b"\x00\x00" + data[scan:], padded, 1)
+    assert np.array_equal(whole, padded)
