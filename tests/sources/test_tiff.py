@@ -263,12 +263,14 @@ def test_a_tile_of_another_size_than_the_directory_says_is_unreadable(tmp_path):
             assert not slide.decode(0, np.zeros((1, 2), np.int32), data, [out], shrink)[0]
 
 
-def test_superfluous_bytes_in_a_tile_harm_nothing():
+def test_superfluous_bytes_within_a_scan_harm_nothing():
     file = io.BytesIO()
-    Image.fromarray(picture(128, 128)).save(file, "JPEG")
+    Image.fromarray(picture(128, 128)).save(file, "JPEG", restart_marker_blocks=4)
     data = file.getvalue()
-    scan = data.index(b"\xff\xda")
-    whole, padded = (np.empty((128, 128, 3), np.uint8) for _ in range(2))
-    assert decode_jpeg(data, whole, 1)
-    assert decode_jpeg(data[:scan] + b"\x00\x00" + data[scan:], padded, 1)
-    assert np.array_equal(whole, padded)
+    restart = data.index(b"\xff\xd3")
+    padded = data[:restart] + b"\x00\x00" + data[restart:]
+    for shrink in (1, 2, 4):
+        expected, found = (np.empty((128 // shrink, 128 // shrink, 3), np.uint8) for _ in range(2))
+        assert decode_jpeg(data, expected, shrink)
+        assert decode_jpeg(padded, found, shrink)
+        assert np.array_equal(found, expected)
