@@ -272,8 +272,8 @@ def jpeg_decoder(page: Any, sample: memoryview | None) -> Decode:
 def decode_jpeg(data: bytes, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
     """Decode a whole JPEG stream into an array that it must fill exactly; False where pixels of it are missing.
 
-    libjpeg goes on over damage and leaves grey; that is no pixel of the slide. Superfluous bytes between the markers of a
-    scan harm nothing, and some scanners write them.
+    libjpeg goes on over damage and leaves grey; that is no pixel of the slide. Superfluous bytes between the markers
+    of a scan harm nothing, and some scanners write them.
     """
     h, w, _ = out.shape
     size = {"min_height": h, "min_width": w, "min_factor": shrink} if shrink > 1 else {}
