@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+import simplejpeg
 import tifffile
 from PIL import Image
 
@@ -265,10 +266,13 @@ def test_a_tile_of_another_size_than_the_directory_says_is_unreadable(tmp_path):
 
 def test_superfluous_bytes_within_a_scan_harm_nothing():
     file = io.BytesIO()
-    Image.fromarray(picture(128, 128)).save(file, "JPEG", restart_marker_blocks=4)
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "JPEG", restart_marker_blocks=4)
     data = file.getvalue()
     restart = data.index(b"\xff\xd3")
     padded = data[:restart] + b"\x00\x00" + data[restart:]
+    with pytest.raises(ValueError, match="2 extraneous bytes before marker 0xd3"):
+        simplejpeg.decode_jpeg(padded, "RGB")
     for shrink in (1, 2, 4):
         expected, found = (np.empty((128 // shrink, 128 // shrink, 3), np.uint8) for _ in range(2))
         assert decode_jpeg(data, expected, shrink)
