@@ -271,7 +271,7 @@ def test_superfluous_bytes_within_a_scan_harm_nothing():
     data = file.getvalue()
     restart = data.index(b"\xff\xd3")
     padded = data[:restart] + b"\x00\x00" + data[restart:]
-    with pytest.raises(ValueError, match="2 extraneous bytes before marker 0xd3"):
+    with pytest.raises(ValueError, match="2 extraneous bytes before marker"):
         simplejpeg.decode_jpeg(padded, "RGB")
     for shrink in (1, 2, 4):
         expected, found = (np.empty((128 // shrink, 128 // shrink, 3), np.uint8) for _ in range(2))
