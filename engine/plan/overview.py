@@ -38,7 +38,7 @@ def read_overview(slide: Slide) -> Overview:
         overview = overview_of(slide, index)
         if not overview.unknown.all():
             return overview
-    slide.read(0, 0, 0, 1, 1)  # raises what is wrong with it
+    slide.read(0, 0, 0, *slide.levels[0].tile)  # raises what is wrong with it
     return overview
 
 

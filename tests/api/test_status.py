@@ -14,7 +14,8 @@ SLIDES = {
     "whole": {},
     "other": {"seed": 3},
     "blank": {"disc": 0},
-    "spoilt": {"fail_at": [320, 320]},
+    "damaged": {"seed": 5, "fail_at": [320, 320]},  # in one of its nine cells
+    "spoilt": {"width": 250, "height": 250, "fail_at": [100, 100]},  # in its only cell
     "underway": {"seed": 4},
 }
 
@@ -49,9 +50,9 @@ def test_every_kind_is_counted(made):
     rows = {outcome.path.rsplit("/", 1)[1]: outcome.rows for outcome in report.outcomes}
     found = api.status(folder / "archive")
     (holding,) = found.holdings
-    assert (holding.sources, holding.empty, holding.incomplete) == (3, 1, 1)
-    assert holding.rows == rows["whole.json"] + rows["other.json"] > 100
-    assert holding.unreadable == 0
+    assert (holding.sources, holding.empty, holding.incomplete) == (4, 1, 1)
+    assert holding.rows == rows["whole.json"] + rows["other.json"] + rows["damaged.json"] > 100
+    assert holding.unreadable == 4 * 4  # tiles of 64 px in 256 px, at whose edges they begin and end
     assert (holding.name, holding.precision, holding.untrained) == ("null", "fp32", True)
     assert holding.plan_text.startswith("64 px tiles at 0.5 µm/px")
     assert found.archive == str(folder / "archive")
