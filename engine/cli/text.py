@@ -11,9 +11,9 @@ from patchmill.encoders import EncoderCard, GateReport
 __all__ = ["damage_text", "demo_text", "doctor_text", "encoders_text", "gate_text", "report_text", "status_text"]
 
 STAGES = {  # of a shard's task -> in words
-    "read": "waiting for the disk",
+    "read": "waiting for the reader: disk or network, and OpenSlide's decoding",
     "decode": "decoding on a core",
-    "core": "waiting for a core to read on",
+    "core": "waiting for a core to decode on",
     "resample": "cutting and resampling tiles",
     "batch": "waiting for room in a batch",
     "encode": "waiting for the encoder's last vectors",

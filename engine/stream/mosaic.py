@@ -59,7 +59,7 @@ class Mosaic:
         missing = [cell for cell in needed if cell not in self._slot]
         ready = self._fetched(missing)
         self._begin(number + 1)
-        with self._clock.reading():
+        with self._clock.decoding():
             self._decode(missing, ready)
         where = np.full(block.needed.shape, -1, np.int32)
         where[block.needed] = [self._slot[cell] for cell in needed]
