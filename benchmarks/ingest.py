@@ -176,9 +176,11 @@ def ours(slide: Slide, plan: Plan, threads: int) -> float:
     level = slide.levels[plan.level].shrunk(plan.shrink)
 
     def work(first: int, last: int) -> None:
-        with Patience("bench") as patience:
-            parts = list(blocks(plan, level, first, last))
-            mosaic = Mosaic(PatientSlide(slide, patience), plan, parts, StageClock())
+        parts = list(blocks(plan, level, first, last))
+        with (
+            Patience("bench") as patience,
+            Mosaic(PatientSlide(slide, patience), plan, parts, StageClock()) as mosaic,
+        ):
             batch = np.empty((BATCH, plan.settings.tile, plan.settings.tile, 3), np.uint8)
             for number, block in enumerate(parts):
                 where = mosaic.load(number)

@@ -1,10 +1,13 @@
 """`pack` compiled by numba: single-threaded, without the GIL, since tasks are threads already."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
-from numba import njit
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from patchmill.kernels.boxes import box_weights, check
 
@@ -48,6 +51,20 @@ def pack(
     _shrink(cells, where, origins, first, weights, area, out)
 
 
+@intrinsic
+def _memcpy(_: Any, to: Any, at: Any, source: Any, start: Any, length: Any) -> Any:
+    """Copy bytes between contiguous uint8 arrays by C's memcpy: 1.5 times as fast as the loop that LLVM makes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, at, source, start, length = args
+        target = context.make_array(signature.args[0])(context, builder, to).data
+        origin = context.make_array(signature.args[2])(context, builder, source).data
+        cgutils.raw_memcpy(builder, builder.gep(target, [at]), builder.gep(origin, [start]), length, 1)
+        return context.get_dummy_value()
+
+    return types.void(to, types.intp, source, types.intp, types.intp), generate
+
+
 @compiled
 def _copy(
     cells: UInt8[np.ndarray, "s h w 3"],
@@ -57,25 +74,24 @@ def _copy(
 ) -> None:
     side = out.shape[1]
     _, h, w, _ = cells.shape
-    flat = cells.reshape(cells.shape[0], h, w * 3)
+    source, target = cells.reshape(cells.size), out.reshape(out.size)
     for n in range(len(origins)):
         left, top = origins[n, 0], origins[n, 1]
-        target = out[n].reshape(side, side * 3)
         for row in range(top // h, (top + side - 1) // h + 1):
             y0, y1 = max(top, row * h), min(top + side, (row + 1) * h)
             for column in range(left // w, (left + side - 1) // w + 1):
                 x0, x1 = max(left, column * w), min(left + side, (column + 1) * w)
                 number = where[row, column]
-                start, length = (x0 - column * w) * 3, (x1 - x0) * 3
-                for y in range(y0, y1):
-                    to = target[y - top, (x0 - left) * 3 : (x0 - left) * 3 + length]
+                length = (x1 - x0) * 3
+                to = ((n * side + y0 - top) * side + x0 - left) * 3
+                start = ((number * h + y0 - row * h) * w + x0 - column * w) * 3
+                for _ in range(y1 - y0):
                     if number < 0:
-                        for x in range(length):
-                            to[x] = 255
+                        target[to : to + length] = 255
                     else:
-                        source = flat[number, y - row * h, start : start + length]
-                        for x in range(length):
-                            to[x] = source[x]
+                        _memcpy(target, to, source, start, length)
+                    to += side * 3
+                    start += w * 3
 
 
 @compiled

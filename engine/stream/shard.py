@@ -29,18 +29,17 @@ def embed_shard(
     level = slide.levels[plan.level].shrunk(plan.shrink)
     side = math.ceil(plan.extent - 1e-6)
     parts = list(blocks(plan, level, shard.start, shard.stop))  # in the order of the file
-    mosaic = Mosaic(slide, plan, parts, clock)
     valid = np.full(shard.rows, VALID_GOOD, np.uint8)
     with batcher.shard(shard.rows, label=shard.source) as opened:
-        for number, block in enumerate(parts):
-            where = mosaic.load(number)
-            row = block.start - shard.start
-            valid[row : row + len(block.origins)][~readable_tiles(block, where, level.tile, side)] = VALID_UNREADABLE
-            for first, out in batcher.slots(opened, row, len(block.origins), clock):
-                with clock.stage("resample"):
-                    pack(mosaic.cells, where, block.origins[first : first + len(out)], plan.extent, out)
-        pixels = mosaic.pixels_decoded
-        del mosaic  # its memory, before the wait
+        with Mosaic(slide, plan, parts, clock) as mosaic:
+            for number, block in enumerate(parts):
+                where = mosaic.load(number)
+                row = block.start - shard.start
+                readable = readable_tiles(block, where, level.tile, side)
+                valid[row : row + len(block.origins)][~readable] = VALID_UNREADABLE
+                for first, out in batcher.slots(opened, row, len(block.origins), clock):
+                    with clock.stage("resample"):
+                        pack(mosaic.cells, where, block.origins[first : first + len(out)], plan.extent, out)
         with clock.stage("encode"):
             batcher.wait(opened)
         vectors = opened.vectors
@@ -49,7 +48,7 @@ def embed_shard(
     return ShardResult(
         shard=shard,
         seconds=clock.seconds,
-        pixels_read=pixels,
+        pixels_read=mosaic.pixels_decoded,
         pixels_covered=shard.rows * plan.extent**2,
         unreadable=int((valid == VALID_UNREADABLE).sum()),
     )

@@ -38,8 +38,10 @@ def tiles_of(slide, plan, start=0, stop=None):
     stop = plan.rows if stop is None else stop
     out = np.empty((stop - start, plan.settings.tile, plan.settings.tile, 3), np.uint8)
     parts = list(blocks(plan, slide.levels[plan.level], start, stop))
-    with Patience("s1", limit=60) as patience:
-        mosaic = Mosaic(PatientSlide(slide, patience), plan, parts, StageClock())
+    with (
+        Patience("s1", limit=60) as patience,
+        Mosaic(PatientSlide(slide, patience), plan, parts, StageClock()) as mosaic,
+    ):
         for number, block in enumerate(parts):
             where = mosaic.load(number)
             pack(mosaic.cells, where, block.origins, plan.extent, out[block.start - start : block.stop - start])
@@ -117,3 +119,21 @@ def test_the_next_block_is_fetched_while_one_is_decoded():
     plan = plan_slide(slide, NONE, "s1")
     tiles_of(slide, plan)
     assert (slide.fetches, slide.decodes) == (3, 3)
+
+
+def test_an_arena_is_used_again_but_never_by_two_at_once(monkeypatch):
+    monkeypatch.setattr(module, "spare", [])
+    slide = ArraySlide(np.zeros((300, 300, 3), np.uint8))
+    plan = plan_slide(slide, replace(NONE, tile=64), "s1")
+    parts = list(blocks(plan, slide.levels[0], 0, plan.rows))
+    with Patience("s1", limit=60) as patience:
+        taken = [slide_mosaic(slide, patience, plan, parts) for _ in range(2)]
+        with taken[0], taken[1]:
+            assert not np.shares_memory(taken[0].cells, taken[1].cells)
+        again = [slide_mosaic(slide, patience, plan, parts) for _ in range(2)]
+    assert not module.spare
+    assert {each.cells.ctypes.data for each in again} == {each.cells.ctypes.data for each in taken}
+
+
+def slide_mosaic(slide, patience, plan, parts):
+    return Mosaic(PatientSlide(slide, patience), plan, parts, StageClock())
