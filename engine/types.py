@@ -49,6 +49,7 @@ class SourceRef:
     mpp: float | None = None  # micrometres per level-0 pixel that override the file's own
     subject: str | None = None  # HMAC of the patient, for splits
     reader: str = "auto"  # who must decode it; see patchmill.sources.READERS
+    roi: str | None = None  # absolute path of its mask or list of tiles, where the plan asks for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,8 @@ class PlanSettings:
     mpp: float = 0.5  # micrometres per tile pixel
     tile: int = 224  # pixels per side, at `mpp`
     overlap: int = 0  # pixels shared with the next tile
-    tissue: Literal["auto", "none"] = "auto"  # the mask rule; "none" keeps every tile
+    # The mask rule: "none" keeps every tile, "mask" has a file per source, and "coords" a file that lists the tiles.
+    tissue: Literal["auto", "none", "mask", "coords"] = "auto"
     min_tissue: float = 0.1  # least fraction of a tile that must be tissue
     scaled: bool = True  # let a codec decode at reduced scale where tiles are shrunk by an even number anyway
 
@@ -140,8 +142,8 @@ class PlanSettings:
             raise UsageError("--tile", f"{self.tile} px is out of range", "use 16 to 8192")
         if not 0 <= self.overlap < self.tile:  # refused, never corrected in silence
             raise UsageError("--overlap", f"{self.overlap} px, but a tile has {self.tile}", "use 0 to tile - 1")
-        if self.tissue not in ("auto", "none"):
-            raise UsageError("--tissue", f"no rule is called {self.tissue!r}", "use auto or none")
+        if self.tissue not in ("auto", "none", "mask", "coords"):
+            raise UsageError("--tissue", f"no rule is called {self.tissue!r}", "use auto, none, mask or coords")
         if not 0 <= self.min_tissue <= 1:
             raise UsageError("--min-tissue", f"{self.min_tissue} is no fraction", "use 0 to 1")
 
@@ -191,6 +193,7 @@ class Plan:
     coords: Int32[np.ndarray, "n 2"]  # x, y of the tile's top left corner in level-0 pixels
     tissue: UInt8[np.ndarray, " n"]  # tissue fraction, 0..255
     shrink: int = 1  # cells are decoded this much smaller than they are
+    roi: str = ""  # sha256 of the mask or list of tiles that it was made from
 
     @property
     def key(self) -> str:

@@ -4,12 +4,14 @@ from patchmill.api.demonstration import Demo, demo
 from patchmill.api.diagnosis import Finding, doctor
 from patchmill.api.embedding import embed
 from patchmill.api.holdings import Status, status
+from patchmill.api.planning import Preview, preview
 from patchmill.api.searching import build_index, check_encoder, draw_hits, probe_knn, query_image, query_place, verify
 from patchmill.encoders import known as list_encoders
 
 __all__ = [
     "Demo",
     "Finding",
+    "Preview",
     "Status",
     "build_index",
     "check_encoder",
@@ -18,6 +20,7 @@ __all__ = [
     "draw_hits",
     "embed",
     "list_encoders",
+    "preview",
     "probe_knn",
     "query_image",
     "query_place",

@@ -49,6 +49,7 @@ def plan_files(plan: Plan) -> dict[str, bytes]:
         "mpp": float(plan.mpp),
         "block": plan.block,
         **({"shrink": plan.shrink} if plan.shrink > 1 else {}),
+        **({"roi": plan.roi} if plan.roi else {}),
     }
     whole = max(plan.rows, 1)  # one chunk; a chunk of no rows is not allowed
     coords = array_document((plan.rows, 2), "int32", file_rows=whole, names=("tile", "xy"))
@@ -77,6 +78,7 @@ def load_plan(folder: Path, key: str) -> Plan:
             mpp=attributes["mpp"],
             block=attributes["block"],
             shrink=attributes.get("shrink", 1),
+            roi=attributes.get("roi", ""),
             coords=read_array(folder, f"{group}/coords"),
             tissue=read_array(folder, f"{group}/tissue"),
         )

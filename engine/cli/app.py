@@ -40,6 +40,24 @@ Weights = Annotated[Path | None, typer.Option(help="weights file: safetensors, o
 Inputs = Annotated[
     list[Path] | None, typer.Option("--input", help="your own slide; may be given several times; else one is made")
 ]
+Sources = Annotated[list[str], typer.Argument(metavar="SRC...", help="slides, folders, globs or CSV catalogs")]
+Mpp = Annotated[float, typer.Option(help="micrometres per tile pixel")]
+TileSide = Annotated[int, typer.Option("--tile", help="pixels per side of a tile")]
+Overlap = Annotated[int, typer.Option(help="pixels shared with the next tile")]
+Tissue = Annotated[Literal["auto", "none"], typer.Option(help="none keeps every tile")]
+MinTissue = Annotated[float, typer.Option(help="least tissue fraction of a tile")]
+Mask = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="own tissue: GeoJSON or PNG of one slide, or a folder with one per slide"),
+]
+Coords = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="own tiles: HDF5 of CLAM or TRIDENT, or a folder with one per slide")
+]
+Decode = Annotated[Literal["scaled", "exact"], typer.Option(help="scaled: a codec may shrink, if by an even number")]
+Reader = Annotated[
+    Literal["auto", "openslide", "tiff"], typer.Option(help="who decodes; auto chooses for each file and names it")
+]
+MppOverride = Annotated[float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")]
 Rounds = Annotated[int, typer.Option(min=1, help="how often each case is measured, after a warm-up")]
 
 
@@ -50,7 +68,7 @@ def show(value: Any, text: Callable[[], str], as_json: bool) -> None:
 
 @app.command(epilog="Example: patchmill embed slides/ --archive my-archive --encoder efficientnet-lite0")
 def embed(
-    src: Annotated[list[str], typer.Argument(metavar="SRC...", help="slides, folders, globs or CSV catalogs")],
+    src: Sources,
     archive: Annotated[Path, typer.Option(help="the archive's folder; made if it is not there")],
     encoder: Annotated[str, typer.Option(help="see patchmill encoders")] = _encode.encoder,
     weights: Weights = None,
@@ -61,24 +79,22 @@ def embed(
     pixels: Annotated[
         int | None, typer.Option(help="pixels per side of the encoder's input; its own by default")
     ] = None,
-    mpp: Annotated[float, typer.Option(help="micrometres per tile pixel")] = _plan.mpp,
-    tile: Annotated[int, typer.Option(help="pixels per side of a tile")] = _plan.tile,
-    overlap: Annotated[int, typer.Option(help="pixels shared with the next tile")] = _plan.overlap,
-    tissue: Annotated[Literal["auto", "none"], typer.Option(help="none keeps every tile")] = _plan.tissue,
-    min_tissue: Annotated[float, typer.Option(help="least tissue fraction of a tile")] = _plan.min_tissue,
-    decode: Annotated[
-        Literal["scaled", "exact"],
-        typer.Option(help="scaled: a codec may shrink, if by an even number"),
-    ] = "scaled",
-    reader: Annotated[
-        Literal["auto", "openslide", "tiff"], typer.Option(help="who decodes; auto chooses for each file and names it")
-    ] = "auto",
+    mpp: Mpp = _plan.mpp,
+    tile: TileSide = _plan.tile,
+    overlap: Overlap = _plan.overlap,
+    tissue: Tissue = "auto",
+    min_tissue: MinTissue = _plan.min_tissue,
+    mask: Mask = None,
+    coords: Coords = None,
+    decode: Decode = "scaled",
+    reader: Reader = "auto",
     read_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="give up a source whose storage does not answer for so long")
     ] = _READ_TIMEOUT,
-    mpp_override: Annotated[
-        float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")
+    stage: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="copy each source to this local disk before it is read")
     ] = None,
+    mpp_override: MppOverride = None,
     new_plan: Annotated[bool, typer.Option("--new-plan", help="add a second plan to the archive")] = False,
     workers: Annotated[int, typer.Option(help="worker processes; 0 runs in this process")] = 1,
     batch: Annotated[int, typer.Option(help="tiles per batch")] = _encode.batch,
@@ -97,9 +113,7 @@ def embed(
         report = api.embed(
             src,
             archive,
-            plan=PlanSettings(
-                mpp=mpp, tile=tile, overlap=overlap, tissue=tissue, min_tissue=min_tissue, scaled=decode == "scaled"
-            ),
+            plan=_plan_settings(mpp, tile, overlap, tissue, min_tissue, decode),
             encode=EncodeSettings(
                 encoder=encoder,
                 weights=str(weights.absolute()) if weights else None,
@@ -116,13 +130,59 @@ def embed(
                 retry_quarantined=retry_quarantined,
                 reader=reader,
                 read_timeout=read_timeout,
+                stage=str(stage.absolute()) if stage else None,
             ),
             mpp_override=mpp_override,
+            mask=mask,
+            coords=coords,
             watch=progress,
             found=progress.found,
         )
     show(report.as_dict(paths=True), lambda: report_text(report), as_json)
     return 1 if report.failed else 0
+
+
+def _plan_settings(
+    mpp: float, tile: int, overlap: int, tissue: Literal["auto", "none"], min_tissue: float, decode: str
+) -> PlanSettings:
+    return PlanSettings(
+        mpp=mpp, tile=tile, overlap=overlap, tissue=tissue, min_tissue=min_tissue, scaled=decode == "scaled"
+    )
+
+
+@app.command(epilog="Example: patchmill plan slide.svs --picture plan.png")
+def plan(
+    src: Sources,
+    picture: Annotated[
+        Path | None, typer.Option(help="draw tissue and tiles: a PNG for one slide, a folder for several")
+    ] = None,
+    mpp: Mpp = _plan.mpp,
+    tile: TileSide = _plan.tile,
+    overlap: Overlap = _plan.overlap,
+    tissue: Tissue = "auto",
+    min_tissue: MinTissue = _plan.min_tissue,
+    mask: Mask = None,
+    coords: Coords = None,
+    decode: Decode = "scaled",
+    reader: Reader = "auto",
+    mpp_override: MppOverride = None,
+    as_json: Json = False,
+) -> int:
+    """Where tiles would lie, without embedding them. Exit code 1 if a slide cannot be planned."""
+    from patchmill import api
+    from patchmill.cli.text import previews_text
+
+    found = api.preview(
+        src,
+        plan=_plan_settings(mpp, tile, overlap, tissue, min_tissue, decode),
+        mask=mask,
+        coords=coords,
+        reader=reader,
+        mpp_override=mpp_override,
+        picture=picture,
+    )
+    show({"plans": [each.as_dict() for each in found]}, lambda: previews_text(found), as_json)
+    return int(any(each.wrong for each in found))
 
 
 @app.command(epilog="Example: patchmill status my-archive")

@@ -3,12 +3,21 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from patchmill.api import Demo, Finding, Status
+from patchmill.api import Demo, Finding, Preview, Status
 from patchmill.archive import Damage
 from patchmill.cluster import RunReport
 from patchmill.encoders import EncoderCard, GateReport
 
-__all__ = ["damage_text", "demo_text", "doctor_text", "encoders_text", "gate_text", "report_text", "status_text"]
+__all__ = [
+    "damage_text",
+    "demo_text",
+    "doctor_text",
+    "encoders_text",
+    "gate_text",
+    "previews_text",
+    "report_text",
+    "status_text",
+]
 
 STAGES = {  # of a shard's task -> in words
     "read": "waiting for the reader: disk or network, and OpenSlide's decoding",
@@ -39,6 +48,20 @@ def report_text(report: RunReport) -> str:
         lines += [f"  {share:>4.0%}  {STAGES[stage]}" for stage, share in report.stages.items()]
         lines.append(f"pixels read per pixel of a tile: {report.decoded:.2f}")
     lines.append(f"records: {report.archive}/runs/{report.run}/")
+    return "\n".join(lines)
+
+
+def previews_text(previews: Iterable[Preview]) -> str:
+    """Plans that nothing was made of yet."""
+    lines = []
+    for each in previews:
+        if each.wrong:
+            lines.append(f"{each.path}: {each.wrong}")
+            continue
+        tissue = f"; {each.tissue_mm2:.1f} mm² of tissue" if each.tissue_mm2 is not None else ""
+        shrunk = f", decoded at 1/{each.shrink}" if each.shrink != 1 else ""
+        lines.append(f"{each.path}: {each.tiles} tiles at {each.mpp:.4g} µm/px from level {each.level}{shrunk}{tissue}")
+        lines.append(f"  reader {each.reader}" + (f"; picture {each.picture}" if each.picture else ""))
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from patchmill.cluster.journal import HeldError, Journal
 from patchmill.cluster.report import Outcome, SourceOutcome
 from patchmill.cluster.tasks import Completed, Job, Planned
 from patchmill.errors import ArchiveError, PatchmillError, SourceError, TransientError
+from patchmill.sources import unstage
 from patchmill.types import EncoderSpec, Shard, ShardResult, SourceRef
 
 __all__ = ["Driver", "Event"]
@@ -132,7 +133,8 @@ class Driver:
         ready = sum(len(work.pending) for work in self._active)
         planning = sum(work.planned is None for work in self._active)
         alone = any(work.suspect for work in self._active)
-        if ready + planning < self._window and not alone:  # plan ahead of the encoder
+        # Plan ahead of the encoder; where that copies the source, one at a time, to embed others meanwhile.
+        if ready + planning < self._window and not alone and not (self._job.stage and planning):
             if self._queue:
                 return self._start(self._queue.popleft())
             if self._suspects and not self._active:
@@ -251,6 +253,8 @@ class Driver:
 
     def _end(self, work: _Work, outcome: Outcome, kind: str = "", wrong: str = "") -> None:
         self._active.remove(work)
+        if self._job.stage is not None:
+            unstage(work.ref.id, self._job.stage)
         ended = SourceOutcome(
             source=work.ref.id,
             path=work.ref.path,

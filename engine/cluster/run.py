@@ -3,11 +3,13 @@
 import getpass
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from distributed import Client, KilledWorker
@@ -21,7 +23,7 @@ from patchmill.cluster.report import STAGES, RunReport, SourceOutcome
 from patchmill.cluster.tasks import PROGRESS, Doors, Job, gate_encoder
 from patchmill.errors import EncoderError, PatchmillError, UsageError
 from patchmill.sources import READ_TIMEOUT, READERS
-from patchmill.types import EncoderSpec, EncodeSettings, PlanSettings, SourceRef
+from patchmill.types import EncoderSpec, EncodeSettings, PlanSettings, SourceRef, fingerprint_of
 
 __all__ = ["RunSettings", "run"]
 
@@ -53,6 +55,7 @@ class RunSettings:
     shard_rows: int | None = None  # None: chosen from the measured rate
     reader: str = "auto"  # who decodes slides; see patchmill.sources.READERS
     read_timeout: float = READ_TIMEOUT  # seconds without an answer after which a source's storage is given up
+    stage: str | None = None  # a local disk's folder that each source is copied into while the one before is embedded
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -91,6 +94,7 @@ def run(
             full_hash=settings.full_hash,
             shard_rows=settings.shard_rows,
             read_timeout=settings.read_timeout,
+            stage=_stage_folder(archive, settings.stage),
             doors=doors,
         )
         return _Run(archive, job, settings, journal, watch).carry_out(refs)
@@ -108,6 +112,8 @@ class _Run:
     def carry_out(self, refs: Sequence[SourceRef]) -> RunReport:
         skipped: list[SourceOutcome] = []
         with ExitStack() as stack:
+            if self._job.stage is not None:
+                stack.callback(shutil.rmtree, self._job.stage, ignore_errors=True)
             if self._job.encode.precision != "auto":
                 spec = self._job.doors.resolve(self._job.encode)
                 refs, skipped = self._skip_complete(refs, spec)
@@ -251,6 +257,21 @@ class _Run:
         )
         self._journal.report(report.as_dict(paths=False))
         return report
+
+
+def _stage_folder(archive: Archive, stage: str | None) -> str | None:
+    """An empty folder of this archive alone in a place for copies. Raises UsageError if there can be none."""
+    if stage is None:
+        return None
+    folder = Path(stage).absolute() / f"patchmill-{fingerprint_of(str(archive.path.absolute()))}"
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise UsageError(
+            "--stage", f"no folder can be made in {stage} ({type(error).__name__})", "name a folder"
+        ) from error
+    return str(folder)
 
 
 def _versions() -> dict[str, str]:

@@ -65,6 +65,7 @@ class Job:
     full_hash: bool = False
     shard_rows: int | None = None  # None: chosen from the measured rate
     read_timeout: float = sources.READ_TIMEOUT  # seconds without an answer after which storage is given up
+    stage: str | None = None  # folder on a local disk that sources are copied into before they are read
     doors: Doors = field(default_factory=Doors)
 
 
@@ -125,7 +126,8 @@ def plan_source(job: Job, ref: SourceRef, spec: EncoderSpec, rate: float) -> Pla
     with opened(Path(job.run), ref.id, "plan"), sources.Patience(ref.id, job.read_timeout) as patience:
         store = Archive.open(job.archive).source(ref.id)
         store.sweep()
-        geometry = _planned_before(store, job, ref, patience) or _plan_now(store, job, ref, patience)
+        local = _staged(job, ref, patience)
+        geometry = _planned_before(store, job, local, patience) or _plan_now(store, job, local, patience)
         row_bytes = 2 * sum(spec.outputs.values())
         store.begin(job.plan.key, spec, job.shard_rows or choose_shard_rows(geometry.rows, rate, row_bytes))
         return Planned(
@@ -138,6 +140,11 @@ def plan_source(job: Job, ref: SourceRef, spec: EncoderSpec, rate: float) -> Pla
         )
 
 
+def _staged(job: Job, ref: SourceRef, patience: Patience) -> SourceRef:
+    """The source where it is to be read from."""
+    return ref if job.stage is None else patience.run(sources.stage, ref, job.stage, patience.beat)
+
+
 def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> Plan | None:
     """The plan that the store holds; its source must still have the content that was planned."""
     if not store.has_plan(job.plan.key):
@@ -145,7 +152,12 @@ def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Pati
     fingerprint = store.info()["fingerprint"]
     if _fingerprint(ref, fingerprint.startswith("full"), patience) != fingerprint:
         raise SourceError(ref.id, "its content has changed since it was planned", "add it under another id")
-    return store.read_plan(job.plan.key)
+    geometry = store.read_plan(job.plan.key)
+    if ref.roi is not None and patience.run(plan.read_roi, ref).digest != geometry.roi:
+        raise SourceError(
+            ref.id, "its mask or list of tiles has changed since it was planned", "embed it into another archive"
+        )
+    return geometry
 
 
 def _fingerprint(ref: SourceRef, full: bool, patience: Patience) -> str:
@@ -154,9 +166,10 @@ def _fingerprint(ref: SourceRef, full: bool, patience: Patience) -> str:
 
 def _plan_now(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> Plan:
     fingerprint = _fingerprint(ref, job.full_hash, patience)
+    roi = patience.run(plan.read_roi, ref) if ref.roi is not None else None
     slide = PatientSlide(patience.run(job.doors.open_slide, ref), patience)
     try:
-        geometry = plan.plan_slide(slide, job.plan, ref.id)
+        geometry = plan.plan_slide(slide, job.plan, ref.id, roi)
         store.write_plan(geometry, _info(slide, ref, fingerprint))
     finally:
         slide.close()
@@ -171,7 +184,7 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
         store = Archive.open(job.archive).source(ref.id)
         if store.acknowledged(shard):  # by a task whose answer was lost with its worker
             return ShardResult(shard=shard, seconds={}, pixels_read=0, pixels_covered=0)
-        planned = _as_planned(ref, str(store.info()["reader"]))
+        planned = _as_planned(_staged(job, ref, patience), str(store.info()["reader"]))
         slide = PatientSlide(patience.run(job.doors.open_slide, planned), patience)
         try:
             return stream.embed_shard(

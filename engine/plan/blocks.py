@@ -29,15 +29,19 @@ def blocks(plan: Plan, level: Level, start: int, stop: int) -> Iterator[Block]:
     owner = cells_of(corners, step) // plan.block
     cuts = np.flatnonzero((owner[1:] != owner[:-1]).any(axis=1)) + 1
     cell = np.array(level.tile)
+    lattice = -(-level.width // level.tile[0]), -(-level.height // level.tile[1])
     for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), stop - start], strict=True):
         held = corners[first:last]
         low = held // cell
         corner = low.min(axis=0)
+        needed = touched(low - corner, (held + side - 1) // cell - corner)
+        needed[max(0, lattice[1] - corner[1]) :] = False  # a tile may reach over the slide's edge, where all is white
+        needed[:, max(0, lattice[0] - corner[0]) :] = False
         yield Block(
             start=start + first,
             stop=start + last,
             corner=(int(corner[0]), int(corner[1])),
-            needed=touched(low - corner, (held + side - 1) // cell - corner),
+            needed=needed,
             origins=(held - corner * cell).astype(np.int32),
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from patchmill.errors import SourceError
 from patchmill.types import Level
 
-__all__ = ["Reading", "choose_level"]
+__all__ = ["Reading", "choose_level", "is_near"]
 
 TOLERANCE = 0.05  # a level whose mpp is this near to the target is taken as it is: scanners' own mpp vary as much
 

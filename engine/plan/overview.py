@@ -26,26 +26,26 @@ class Overview:
     mpp: float  # micrometres per pixel
 
 
-def read_overview(slide: Slide) -> Overview:
-    """Read from the coarsest level of at most 8 µm per pixel (level 0 if there is none), and reduce by area.
+def read_overview(slide: Slide, mpp: float = TARGET_MPP) -> Overview:
+    """Read from the coarsest level of at most `mpp` µm per pixel (level 0 if there is none), and reduce by area to it.
 
     A slide that has no such level but level 0 is read whole, in rectangles of about 1,024 px, at reduced scale where
     its codec can; so is one whose coarser levels are lost. Raises SourceError if level 0 is lost too, TransientError if
     the storage fails.
     """
-    fine = [i for i, level in enumerate(slide.levels) if slide.mpp * level.downsample <= TARGET_MPP * 1.05]
+    fine = [i for i, level in enumerate(slide.levels) if slide.mpp * level.downsample <= mpp * 1.05]
     for index in sorted(fine, key=lambda i: -slide.levels[i].downsample) or [0]:
-        overview = overview_of(slide, index)
+        overview = overview_of(slide, index, mpp)
         if not overview.unknown.all():
             return overview
     slide.read(0, 0, 0, *slide.levels[0].tile)  # raises what is wrong with it
     return overview
 
 
-def overview_of(slide: Slide, index: int) -> Overview:
-    """One level, reduced by area to about 8 µm per pixel. Raises TransientError."""
+def overview_of(slide: Slide, index: int, mpp: float) -> Overview:
+    """One level, reduced by area to about `mpp` µm per pixel, by a whole factor. Raises TransientError."""
     level = slide.levels[index]
-    factor = max(1, int(TARGET_MPP / (slide.mpp * level.downsample) + 0.05))
+    factor = max(1, int(mpp / (slide.mpp * level.downsample) + 0.05))
     factor = max(factor, math.ceil(math.sqrt(level.width * level.height / MOST_PIXELS)))
     scaled = max(each for each in level.shrinks if factor % each == 0)
     level, factor = level.shrunk(scaled), factor // scaled

@@ -3,22 +3,48 @@
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from patchmill.errors import SourceError
-from patchmill.plan.grid import block_order, block_side, starts, to_level_0
-from patchmill.plan.levels import choose_level
+from patchmill.errors import SourceError, UsageError
+from patchmill.plan.grid import block_order, block_side, cells_of, level_pixels, starts, to_level_0
+from patchmill.plan.levels import choose_level, is_near
+from patchmill.plan.roi import Roi, TileList, mask_in, tiles_in
 from patchmill.plan.tissue import TissueMask, tissue_mask
 from patchmill.types import Plan, PlanSettings, Slide
 
-__all__ = ["plan_slide"]
+__all__ = ["mask_of", "plan_slide"]
 
 
-def plan_slide(slide: Slide, settings: PlanSettings, source: str) -> Plan:
+def plan_slide(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None = None) -> Plan:
     """All tiles of a slide at the target mpp, in block order; 0 rows where there is no tissue.
 
-    source: the id that errors name. With tissue "none" every whole tile is kept, and its tissue fraction, which nobody
-    measured, is stored as 255. Raises SourceError where the slide is coarser than the target mpp or smaller than a
-    tile, and what reading it raises.
+    source: the id that errors name. roi: the mask or the list of tiles, where the settings ask for one. With tissue
+    "none" or "coords" the tissue fraction, which nobody measured, is stored as 255. Raises SourceError where the slide
+    is coarser than the target mpp or smaller than a tile, or the roi is not one of this slide, and what reading it
+    raises.
     """
+    if settings.tissue == "coords":
+        return listed(slide, settings, source, tiles_in(given(roi), slide, source), given(roi).digest)
+    return gridded(slide, settings, source, roi)
+
+
+def mask_of(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None) -> TissueMask | None:
+    """The mask that a plan of these settings rests on, None where it has none. Raises as `plan_slide` does."""
+    match settings.tissue:
+        case "auto":
+            return tissue_mask(slide)
+        case "mask":
+            return mask_in(given(roi), slide, source)
+    return None
+
+
+def given(roi: Roi | None) -> Roi:
+    """The roi, which the settings ask for."""
+    if roi is None:
+        raise UsageError("--tissue", "this plan needs a file per slide", "give --mask or --coords")
+    return roi
+
+
+def gridded(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None) -> Plan:
+    """The tiles of a grid that hold enough of the mask; all of them without one."""
     reading = choose_level(slide.levels, slide.mpp, settings.mpp, source, settings.scaled)
     level = slide.levels[reading.level].shrunk(reading.shrink)
     step = (settings.tile - settings.overlap) * reading.ratio
@@ -32,11 +58,11 @@ def plan_slide(slide: Slide, settings: PlanSettings, source: str) -> Plan:
             f"a tile of {settings.tile} px at {reading.mpp:g} µm/px needs {extent * um:.0f} µm",
             "use a smaller --tile or --mpp, or leave the slide out",
         )
-    if settings.tissue == "none":
+    mask = mask_of(slide, settings, source, roi)
+    if mask is None:
         fraction = np.ones((len(y), len(x)), np.float32)
     else:
-        span = extent * level.downsample
-        fraction = tissue_fractions(tissue_mask(slide), x * level.downsample, y * level.downsample, span)
+        fraction = tissue_fractions(mask, x * level.downsample, y * level.downsample, extent * level.downsample)
     # A fraction is a sum of areas in floating point: a tile that is all tissue may come out as 0.9999999.
     row, column = np.nonzero((fraction >= settings.min_tissue - 1e-6) & (fraction > 0))
     block = block_side(step, level.tile[0])
@@ -52,6 +78,36 @@ def plan_slide(slide: Slide, settings: PlanSettings, source: str) -> Plan:
         block=block,
         coords=to_level_0(np.stack([x[column], y[row]], axis=1), level.downsample),
         tissue=np.rint(fraction[row, column] * 255).astype(np.uint8),
+        roi=roi.digest if roi else "",
+    )
+
+
+def listed(slide: Slide, settings: PlanSettings, source: str, found: TileList, digest: str) -> Plan:
+    """The tiles of a list, with the span that it gives them, in block order; what lies outside the slide is white."""
+    mpp = slide.mpp * found.span / found.tile
+    if found.tile != settings.tile or not is_near(mpp, settings.mpp):
+        raise SourceError(
+            source,
+            f"its list has tiles of {found.tile} px at {mpp:.4g} µm/px, not {settings.tile} px at {settings.mpp:g}",
+            f"use --tile {found.tile} --mpp {mpp:.4g}",
+        )
+    reading = choose_level(slide.levels, slide.mpp, mpp, source, settings.scaled)
+    level = slide.levels[reading.level].shrunk(reading.shrink)
+    step = (settings.tile - settings.overlap) * reading.ratio
+    block = block_side(step, level.tile[0])
+    column, row = cells_of(level_pixels(found.corners.astype(np.int32), level.downsample), step).T
+    order = block_order(column, row, block)
+    return Plan(
+        settings=settings,
+        level=reading.level,
+        shrink=reading.shrink,
+        downsample=level.downsample,
+        ratio=reading.ratio,
+        mpp=reading.mpp,
+        block=block,
+        coords=found.corners[order].astype(np.int32),
+        tissue=np.full(len(order), 255, np.uint8),
+        roi=digest,
     )
 
 

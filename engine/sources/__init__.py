@@ -4,8 +4,10 @@ from patchmill.errors import SourceError
 from patchmill.sources.catalog import CatalogEntry, find_sources
 from patchmill.sources.cells import CellsByRectangle, read_or_none
 from patchmill.sources.content import content_fingerprint
+from patchmill.sources.files import failure
 from patchmill.sources.openslide import OpenSlideSlide
 from patchmill.sources.patience import READ_TIMEOUT, Patience, PatientSlide
+from patchmill.sources.staging import stage, unstage
 from patchmill.sources.tiff import TiffSlide, Unsupported
 from patchmill.types import Slide, SourceRef
 
@@ -19,9 +21,12 @@ __all__ = [
     "PatientSlide",
     "TiffSlide",
     "content_fingerprint",
+    "failure",
     "find_sources",
     "open_slide",
     "read_or_none",
+    "stage",
+    "unstage",
 ]
 
 READERS = ("auto", "openslide", "tiff")

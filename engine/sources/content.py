@@ -9,7 +9,7 @@ from pathlib import Path
 from patchmill.errors import SourceError
 from patchmill.sources.files import failure
 
-__all__ = ["content_fingerprint"]
+__all__ = ["content_fingerprint", "parts"]
 
 ENDS = 1 << 20  # bytes read at the start and at the end: headers and directories of nearly all formats
 SAMPLE = 64 << 10

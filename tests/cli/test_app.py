@@ -5,6 +5,8 @@ import shlex
 from functools import partial
 from typing import get_args
 
+import h5py
+import numpy as np
 import pytest
 import typer
 from openslide import OpenSlide
@@ -258,3 +260,38 @@ def test_what_the_command_line_says_of_readers_is_what_they_say(patchmill):
     options = {option: parameter for parameter in VERBS["embed"].params for option in parameter.opts}
     assert get_args(options["--reader"].type_descriptor.annotation) == sources.READERS
     assert options["--read-timeout"].default == sources.READ_TIMEOUT
+
+
+def test_plan_draws_a_slide_and_prints_what_embed_would_do(patchmill, slides, tmp_path):
+    ran = patchmill("plan", slides / "a.tif", "--picture", tmp_path / "plan.png", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    (found,) = json.loads(ran.out)["plans"]
+    assert (found["tiles"], found["picture"]) == (22, str(tmp_path / "plan.png"))
+    with Image.open(tmp_path / "plan.png") as picture:
+        assert picture.width == 1344
+    text = patchmill("plan", slides)
+    assert text.code == 0
+    assert "22 tiles at 0.5 µm/px from level 0" in text.out
+    assert "mm² of tissue" in text.out
+
+
+def test_plan_exits_1_where_a_slide_cannot_be_planned(patchmill, tmp_path):
+    (tmp_path / "a.svs").write_bytes(b"no slide")
+    ran = patchmill("plan", tmp_path / "a.svs")
+    assert ran.code == 1
+    assert ran.out.startswith(f"{tmp_path / 'a.svs'}: ")
+
+
+def test_own_tiles_and_a_local_disk(patchmill, embed, slides, tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["coords"] = np.array([[448, 448], [500, 600]])
+        file["coords"].attrs.update(patch_size=224, patch_size_level0=224)
+    (tmp_path / "local").mkdir()
+    wrong = embed(tmp_path / "archive", slides / "a.tif", "--coords", tmp_path / "a.h5", "--tile", 256)
+    assert wrong.code == 1
+    assert "use --tile 224 --mpp 0.5" in wrong.err + wrong.out
+    more = ("--coords", tmp_path / "a.h5", "--stage", tmp_path / "local", "--new-plan", "--json")
+    ran = embed(tmp_path / "archive", slides / "a.tif", *more)
+    assert ran.code == 0
+    assert json.loads(ran.out)["tiles"] == 2
+    assert list((tmp_path / "local").iterdir()) == []

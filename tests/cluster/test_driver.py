@@ -4,6 +4,7 @@ import json
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -212,3 +213,56 @@ def test_the_reader_that_planned_a_source_goes_on_with_it(tmp_path):
     assert {commit["provenance"]["reader"] for commit in commits} == {first.reader}
     (fresh,) = run(tmp_path / "other", path).outcomes
     assert fresh.reader.startswith("tiff ")
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_copies_change_no_byte_and_are_gone_afterwards(tmp_path, workers):
+    paths = [tmp_path / f"{name}.tiff" for name in "abc"]
+    for seed, path in enumerate(paths):
+        write_pyramid(path, FormulaSlide(640, 640, disc=0.6, seed=seed))
+    broken = tmp_path / "d.tiff"
+    broken.write_bytes(b"no slide")
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    plain = run(tmp_path / "plain", *paths)
+    staged = run(tmp_path / "staged", *paths, broken, workers=workers, settings={"stage": str(stage)})
+    assert [outcome.outcome for outcome in staged.outcomes if outcome.path != str(broken)] == ["complete"] * 3
+    assert staged.count("failed") == 1
+    assert {o.path: o.rows for o in plain.outcomes} == {o.path: o.rows for o in staged.outcomes if o.rows}
+    assert os.listdir(stage) == []
+    assert stored_bytes(tmp_path / "plain") == stored_bytes(tmp_path / "staged")
+
+
+def stored_bytes(archive):
+    """The vectors of every source, in an order that does not depend on ids."""
+    return sorted(path.read_bytes() for path in archive.glob("sources/*/*/data.zarr/*/features/*/cls/c.*"))
+
+
+def test_what_a_killed_run_left_on_the_local_disk_is_removed(tmp_path):
+    path, stage, seen = tmp_path / "a.tiff", tmp_path / "stage", []
+    write_pyramid(path, FormulaSlide(640, 640, disc=0.6))
+    (stage / "of others").mkdir(parents=True)
+
+    def watch(event):
+        seen.extend(name for name in os.listdir(stage) if name != "of others")
+
+    settings = RunSettings(workers=0, shard_rows=16, stage=str(stage))
+    null = EncodeSettings(encoder="null", precision="fp32", pixels=64)
+    again = partial(embed, path, plan=PlanSettings(tile=64), encode=null, run=settings, doors=null_doors())
+    for name in ("first", "second"):
+        again(tmp_path / name, watch=watch)
+        assert os.listdir(stage) == ["of others"]
+    own = set(seen)
+    assert len(own) == 2  # one per archive
+    for name in own:
+        (stage / name / "s1").mkdir(parents=True)
+    again(tmp_path / "second")
+    assert len(os.listdir(stage)) == 2  # the other archive's run may be under way
+
+
+def test_a_place_for_copies_that_is_not_there_is_wrong_usage(tmp_path):
+    path = tmp_path / "a.tiff"
+    write_pyramid(path, FormulaSlide(640, 640, disc=0.6))
+    with pytest.raises(UsageError, match="--stage"):
+        run(tmp_path / "archive", path, settings={"stage": str(tmp_path / "missing")})

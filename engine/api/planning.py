@@ -1,0 +1,170 @@
+"""The verb `plan`: where a slide's tiles would lie, without an archive; and the files that say so."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from patchmill.errors import SourceError, UsageError
+from patchmill.plan import ROI_SUFFIXES, draw_plan, mask_of, plan_slide, read_roi
+from patchmill.sources import CatalogEntry, Patience, PatientSlide, find_sources, open_slide
+from patchmill.types import PlanSettings, SourceRef
+
+__all__ = ["Preview", "listed", "preview", "with_rois"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """The plan of one slide, in figures."""
+
+    path: str
+    tiles: int = 0
+    mpp: float | None = None  # what a tile pixel spans
+    level: int | None = None  # that tiles are read from
+    shrink: int | None = None  # by the codec
+    reader: str = ""
+    tissue_mm2: float | None = None  # None where the plan has no mask
+    picture: str | None = None  # a file
+    wrong: str = ""  # why there is no plan
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def preview(
+    sources: str | Path | Iterable[str | Path],
+    *,
+    plan: PlanSettings | None = None,
+    mask: str | Path | None = None,
+    coords: str | Path | None = None,
+    reader: str = "auto",
+    mpp_override: float | None = None,
+    picture: str | Path | None = None,
+) -> tuple[Preview, ...]:
+    """Plan slides as `embed` would, and say what it would do; nothing is kept.
+
+    sources, plan, mask, coords, mpp_override: as for `embed`. picture: a PNG of one slide; for several, a folder of
+    them. Raises UsageError; a slide that cannot be planned is in the result.
+    """
+    entries = find_sources([Path(each) for each in listed(sources)])
+    settings, rois = with_rois(entries, plan or PlanSettings(), mask, coords)
+    pictures = pictures_of(entries, picture)
+    return tuple(
+        previewed(
+            SourceRef(
+                id=entry.path,
+                path=entry.path,
+                mpp=entry.mpp if entry.mpp is not None else mpp_override,
+                reader=reader,
+                roi=rois.get(entry.name),
+            ),
+            settings,
+            pictures.get(entry.name),
+        )
+        for entry in entries
+    )
+
+
+def listed(sources: str | Path | Iterable[str | Path]) -> list[str | Path]:
+    """One source or many, as a list."""
+    return [sources] if isinstance(sources, str | Path) else list(sources)
+
+
+def previewed(ref: SourceRef, settings: PlanSettings, picture: Path | None) -> Preview:
+    """The plan of one slide, drawn if there is a place for the picture."""
+    try:
+        with Patience(ref.id) as patience:
+            roi = patience.run(read_roi, ref) if ref.roi is not None else None
+            slide = PatientSlide(patience.run(open_slide, ref), patience)
+            try:
+                made = plan_slide(slide, settings, ref.id, roi)
+                mask = mask_of(slide, settings, ref.id, roi)
+                area = None if mask is None else float(mask.tissue.sum()) * (mask.scale * slide.mpp / 1000) ** 2
+                if picture is not None:
+                    says = "" if area is None else f", {area:.2f} sq mm of tissue"  # the font has no µ
+                    title = f"{made.rows} tiles of {settings.tile} px, mpp {made.mpp:.3g}{says}"
+                    save(draw_plan(slide, made, mask, title), picture)
+                return Preview(
+                    path=ref.path,
+                    tiles=made.rows,
+                    mpp=made.mpp,
+                    level=made.level,
+                    shrink=made.shrink,
+                    reader=slide.reader,
+                    tissue_mm2=area,
+                    picture=str(picture) if picture is not None else None,
+                )
+            finally:
+                slide.close()
+    except SourceError as error:
+        return Preview(path=ref.path, wrong=f"{error.wrong}; {error.do}")
+
+
+def save(image: Any, path: Path) -> None:
+    """Write a PNG, whole or not at all. Raises UsageError."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        image.save(partial, format="PNG")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(str(path), f"cannot be written ({type(error).__name__})", "choose another place") from error
+
+
+def pictures_of(entries: Sequence[CatalogEntry], picture: str | Path | None) -> dict[str, Path]:
+    """Where the picture of each source goes."""
+    if picture is None:
+        return {}
+    if len(entries) == 1:
+        return {entries[0].name: Path(picture)}
+    if not Path(picture).is_dir():
+        raise UsageError(
+            "--picture", f"{len(entries)} slides do not fit into one picture", "name a folder that is there"
+        )
+    return {entry.name: Path(picture) / f"{entry.name.replace('/', '_')}.png" for entry in entries}
+
+
+def with_rois(
+    entries: Sequence[CatalogEntry], plan: PlanSettings, mask: str | Path | None, coords: str | Path | None
+) -> tuple[PlanSettings, dict[str, str]]:
+    """The plan's settings with the rule that own masks or lists of tiles make, and each source's file by its name.
+
+    mask, coords: a file for one slide, or a folder with a file per slide: its name without the suffix, with a suffix of
+    ROI_SUFFIXES or, as TRIDENT has it, `_patches.h5`. A source without a file fails by itself. Raises UsageError.
+    """
+    if mask is None and coords is None:
+        if plan.tissue in ROI_SUFFIXES:
+            raise UsageError("--tissue", f"the rule {plan.tissue!r} needs a file per slide", f"give --{plan.tissue}")
+        return plan, {}
+    if mask is not None and coords is not None:
+        raise UsageError("--mask", "the tiles are listed in --coords already", "give one of the two")
+    rule: Literal["mask", "coords"] = "mask" if mask is not None else "coords"
+    if plan.tissue not in ("auto", rule):
+        raise UsageError(f"--{rule}", f"the tissue rule is {plan.tissue!r}", f"leave out --tissue {plan.tissue}")
+    place = Path(mask or coords or "")
+    return replace(plan, tissue=rule), {entry.name: roi_of(entry, place, rule, len(entries)) for entry in entries}
+
+
+def roi_of(entry: CatalogEntry, place: Path, rule: str, count: int) -> str:
+    """The file of one source; where there is none, the one that there should be."""
+    if not place.is_dir():
+        if not place.exists():
+            raise UsageError(f"--{rule}", f"there is no {place}", "name a file, or a folder with a file per slide")
+        if count > 1:
+            raise UsageError(
+                f"--{rule}", f"{place} is one file for {count} slides", "name a folder with a file per slide"
+            )
+        if place.suffix.lower() not in ROI_SUFFIXES[rule]:
+            known = ", ".join(ROI_SUFFIXES[rule])
+            raise UsageError(
+                f"--{rule}", f"{place} is of a kind that is not known", f"name a file that ends in {known}"
+            )
+        return str(place.absolute())
+    stem = Path(entry.path).stem
+    names = [f"{stem}{suffix}" for suffix in ROI_SUFFIXES[rule]] + ([f"{stem}_patches.h5"] if rule == "coords" else [])
+    found = [place / name for name in names if (place / name).exists()]
+    if len(found) > 1:
+        raise UsageError(f"--{rule}", f"{found[0]} and {found[1]} are for the same slide", "leave one of them")
+    return str((found[0] if found else place / names[0]).absolute())

@@ -1,0 +1,67 @@
+"""A source's own copy on a local disk, for storage that is slow to seek or shared with others."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from patchmill.errors import SourceError, TransientError
+from patchmill.sources.content import parts
+from patchmill.sources.files import failure
+from patchmill.types import SourceRef
+
+__all__ = ["stage", "unstage"]
+
+PIECE = 8 << 20  # bytes copied between two signs of life
+SCATTERED = frozenset({".vms", ".vmu"})  # their pixels lie in files that only the slide itself names
+
+
+def stage(ref: SourceRef, folder: str, beat: Callable[[], None] = lambda: None) -> SourceRef:
+    """The source on local disk, copied into `folder` unless it is there already; all files of it or none.
+
+    beat: called after every piece. Raises SourceError, or TransientError where the storage fails or the folder's disk
+    is full.
+    """
+    if Path(ref.path).suffix.lower() in SCATTERED:
+        raise SourceError(ref.id, "its files cannot all be told", "embed this format without --stage")
+    home = Path(folder) / ref.id
+    partial = home.with_name(f"{ref.id}.{secrets.token_hex(4)}.partial")
+    slide = f"slide{Path(ref.path).suffix}"
+    if not home.is_dir():
+        try:
+            for name, file in parts(Path(ref.path)):
+                copy(file, partial / "slide" / name if name else partial / slide, beat)
+            rename_or_yield(partial, home)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise TransientError(ref.id, "the disk of --stage is full", "give it more room, run again") from error
+            raise failure(ref.id, error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return replace(ref, path=str(home / slide))
+
+
+def rename_or_yield(partial: Path, home: Path) -> None:
+    """Give a copy its name, unless another task was faster. Raises OSError."""
+    try:
+        os.rename(partial, home)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+
+
+def unstage(source: str, folder: str) -> None:
+    """Remove a source's copy, if there is one."""
+    shutil.rmtree(Path(folder) / source, ignore_errors=True)
+
+
+def copy(file: Path, target: Path, beat: Callable[[], None]) -> None:
+    """Copy one file piece by piece, readable by its owner alone. Raises OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(file, "rb") as source, open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+        while piece := source.read(PIECE):
+            out.write(piece)
+            beat()

@@ -1,0 +1,272 @@
+"""Own masks and lists of tiles: equal to what they say, against independent rasterisers; anything else is refused."""
+
+import io
+import json
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from skimage.measure import grid_points_in_poly
+
+from patchmill.archive.plans import load_plan, plan_files
+from patchmill.errors import SourceError, UsageError
+from patchmill.kernels import pack
+from patchmill.plan import Roi, blocks, plan_slide
+from patchmill.plan.roi import fill, mask_in, tiles_in
+from patchmill.query.picture import read_tile
+from patchmill.sources import Patience, PatientSlide
+from patchmill.stream.clock import StageClock
+from patchmill.stream.mosaic import Mosaic
+from patchmill.testing.slides import ArraySlide, FormulaSlide
+from patchmill.types import PlanSettings
+
+MASK = PlanSettings(tile=64, tissue="mask", min_tissue=0.5)
+COORDS = PlanSettings(tile=64, tissue="coords")
+
+
+def square(left, top, right, bottom):
+    return [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+
+
+def geojson(value):
+    return Roi(".geojson", json.dumps(value).encode())
+
+
+def polygon(*rings, name=None):
+    properties = {"classification": {"name": name}} if name else {}
+    return {"type": "Feature", "properties": properties, "geometry": {"type": "Polygon", "coordinates": list(rings)}}
+
+
+def png(pixels, mode=None):
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    return Roi(".png", content.getvalue())
+
+
+def h5(corners, **attributes):
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        data = file.create_dataset("coords", data=np.asarray(corners))
+        data.attrs.update(attributes)
+    return Roi(".h5", content.getvalue())
+
+
+def trident(corners, tile=64, span=64, **more):
+    return h5(corners, patch_size=tile, patch_size_level0=span, target_magnification=20, overlap=0, **more)
+
+
+def clam(corners, tile=64, level=0, downsample=(1.0, 1.0), size=(2000, 1500)):
+    return h5(corners, patch_size=tile, patch_level=level, downsample=downsample, level_dim=size, name="slide")
+
+
+# ------------------------------------------------------------------------------------------------------------ masks
+
+
+@given(st.lists(st.tuples(st.floats(-9, 49), st.floats(-9, 39)), min_size=3, max_size=9))
+@settings(deadline=None, max_examples=150)
+def test_polygons_are_filled_as_their_definition_says(points):
+    """Even-odd, by pixel centres: counted edge by edge for every pixel, in plain Python."""
+    mask = np.zeros((30, 40), bool)
+    fill(mask, [np.array(points)])
+    for row in range(30):
+        for column in range(40):
+            x, y = column + 0.5, row + 0.5
+            left = 0
+            for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
+                if (y0 <= y) != (y1 <= y) and x0 + (y - y0) * (x1 - x0) / (y1 - y0) <= x:
+                    left += 1
+            assert mask[row, column] == left % 2
+
+
+def test_a_convex_polygon_agrees_with_scikit_image():
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    ring = np.stack([50.3 + 33.1 * np.cos(angle), 40.7 + 21.9 * np.sin(angle)], axis=1)
+    mask = np.zeros((80, 100), bool)
+    fill(mask, [ring])
+    assert np.array_equal(mask, grid_points_in_poly((80, 100), ring[:, ::-1] - 0.5))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda each: {"type": "FeatureCollection", "features": each},
+        lambda each: each,
+        lambda each: {"type": "GeometryCollection", "geometries": [feature["geometry"] for feature in each]},
+        lambda each: {"type": "MultiPolygon", "coordinates": [feature["geometry"]["coordinates"] for feature in each]},
+    ],
+)
+def test_tiles_lie_where_geojson_says(wrap):
+    slide = FormulaSlide(2000, 1500, mpp=0.5)
+    found = plan_slide(
+        slide,
+        MASK,
+        "s1",
+        geojson(
+            wrap(
+                [
+                    polygon(square(0, 0, 640, 640), square(128, 128, 320, 320)),
+                    polygon(square(192, 192, 256, 256)),
+                    polygon(square(1280, 640, 1400, 760)),
+                ]
+            )
+        ),
+    )
+    grid = {(x, y) for x in range(0, 640, 64) for y in range(0, 640, 64)}
+    hole = {(x, y) for x in range(128, 320, 64) for y in range(128, 320, 64)} - {(192, 192)}  # an island in it
+    assert {tuple(corner) for corner in found.coords.tolist()} == (grid - hole) | {
+        (x, y) for x in (1280, 1344) for y in (640, 704)
+    }
+    fractions = dict(zip(map(tuple, found.coords.tolist()), found.tissue.tolist(), strict=True))
+    assert fractions[0, 0] == 255
+    assert fractions[1344, 640] == round(56 / 64 * 255)
+
+
+def test_ignored_classes_points_and_empty_geometries_are_no_tissue():
+    slide = FormulaSlide(2000, 1500, mpp=0.5)
+    features = [
+        polygon(square(0, 0, 128, 128), name="Tissue"),
+        polygon(square(640, 640, 1280, 1280), name="Ignore*"),
+        {"type": "Feature", "properties": None, "geometry": {"type": "Point", "coordinates": [900, 900]}},
+        {"type": "Feature", "geometry": None},
+    ]
+    assert plan_slide(slide, MASK, "s1", geojson(features)).rows == 4
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, bool])
+def test_tiles_lie_where_a_picture_says(dtype):
+    slide = FormulaSlide(2000, 1500, mpp=0.5)
+    pixels = np.zeros((375, 500), dtype)
+    pixels[16:48, 32:64] = 1  # of 4 px each
+    found = plan_slide(slide, MASK, "s1", png(pixels))
+    assert {tuple(corner) for corner in found.coords.tolist()} == {(x, y) for x in (128, 192) for y in (64, 128)}
+    assert (found.tissue == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("roi", "wrong"),
+    [
+        (Roi(".png", b"no picture"), "cannot be read"),
+        (png(np.zeros((375, 500, 3), np.uint8)), "has 3 channels"),
+        (png(np.zeros((400, 500), np.uint8)), "another shape"),
+        (Roi(".geojson", b"{"), "no GeoJSON (JSONDecodeError)"),
+        (Roi(".geojson", b"\xff\xfe"), "no GeoJSON"),
+        (geojson({"type": "FeatureCollection"}), "no GeoJSON (KeyError)"),
+        (geojson({"features": []}), "no GeoJSON (KeyError)"),
+        (geojson([]), "no polygon"),
+        (geojson(7), "no GeoJSON (TypeError)"),
+        (geojson(polygon([["a", 1]])), "no GeoJSON (ValueError)"),
+        (geojson(polygon([[None, 1], [2, 3]])), "no GeoJSON (ValueError)"),
+        (geojson(polygon()), "no GeoJSON (ValueError)"),
+        (Roi(".geojson", b"[" * 100_000), "no GeoJSON (RecursionError)"),
+    ],
+)
+def test_what_is_no_mask_is_refused_in_one_line(roi, wrong):
+    with pytest.raises(SourceError, match="its mask") as caught:
+        mask_in(roi, FormulaSlide(2000, 1500, mpp=0.5), "s1")
+    assert wrong in caught.value.wrong
+    assert caught.value.where == "s1"
+
+
+# ---------------------------------------------------------------------------------------------------- lists of tiles
+
+
+@given(
+    st.integers(0, 99), st.integers(1, 80), st.sampled_from([(1.0,), (1.0, 2.0, 8.0)]), st.sampled_from([64, 128, 97])
+)
+@settings(deadline=None, max_examples=60)
+def test_every_tile_of_a_list_is_planned_and_read_where_it_lies(seed, count, downsamples, span):
+    slide = FormulaSlide(900, 700, 0.5, downsamples)
+    corners = np.random.default_rng(seed).integers(0, (900, 700), (count, 2))
+    plan = plan_slide(
+        slide,
+        replace(COORDS, mpp=0.5 * span / 64),
+        "s1",
+        trident(corners, span=span, level0_width=900, level0_height=700),
+    )
+    assert sorted(map(tuple, plan.coords.tolist())) == sorted(map(tuple, corners.tolist()))
+    assert plan.extent * plan.downsample == pytest.approx(span, rel=0.05)
+    parts = list(blocks(plan, slide.levels[plan.level], 0, plan.rows))
+    out = np.empty((plan.rows, 64, 64, 3), np.uint8)
+    with Patience("s1") as patience, Mosaic(PatientSlide(slide, patience), plan, parts, StageClock()) as mosaic:
+        for number, block in enumerate(parts):
+            pack(mosaic.cells, mosaic.load(number), block.origins, plan.extent, out[block.start : block.stop])
+    for row in range(plan.rows):
+        assert np.array_equal(out[row], read_tile(slide, plan, row))
+
+
+def test_what_reaches_over_the_edge_is_white():
+    slide = ArraySlide(np.zeros((300, 300, 3), np.uint8), mpp=0.5)
+    plan = plan_slide(slide, COORDS, "s1", trident([[280, 270], [0, 0]]))
+    parts = list(blocks(plan, slide.levels[0], 0, 2))
+    out = np.empty((2, 64, 64, 3), np.uint8)
+    with Patience("s1") as patience, Mosaic(PatientSlide(slide, patience), plan, parts, StageClock()) as mosaic:
+        for number, block in enumerate(parts):
+            pack(mosaic.cells, mosaic.load(number), block.origins, plan.extent, out[block.start : block.stop])
+    row = plan.coords.tolist().index([280, 270])
+    assert (out[row][:30, :20] == 0).all()
+    assert (out[row][30:] == 255).all()
+    assert (out[row][:, 20:] == 255).all()
+
+
+def test_clam_says_its_size_on_a_level():
+    slide = FormulaSlide(2000, 1500, 0.25, (1.0, 4.0))
+    plan = plan_slide(
+        slide, replace(COORDS, mpp=1.0), "s1", clam([[400, 800]], level=1, downsample=(4.0, 4.0), size=(500, 375))
+    )
+    assert (plan.level, plan.extent, plan.downsample) == (1, 64, 4.0)
+    assert plan.coords.tolist() == [[400, 800]]
+
+
+@pytest.mark.parametrize(
+    ("roi", "wrong"),
+    [
+        (Roi(".h5", b"no HDF5"), "cannot be read"),
+        (h5([[1, 2]]), "do not say how large a tile is"),
+        (h5([[1, 2]], patch_size=64), "do not say how large a tile is"),
+        (h5([[1.5, 2.5]], patch_size=64, patch_size_level0=64), "are float64 of shape (1, 2)"),
+        (h5([1, 2], patch_size=64, patch_size_level0=64), "are int64 of shape (2,)"),
+        (trident([[1, 2]], span=0), "have 64 px on 0 level-0 px"),
+        (trident([[1, 2], [2000, 0], [-1, 5]]), "2 of 3 tiles in its list lie outside the slide"),
+        (trident([[1, 2]], level0_width=2001, level0_height=1500), "is of a slide with [2001, 1500] px at level 0"),
+        (clam([[1, 2]], size=(1, 1)), "is of a slide with [1, 1] px"),
+        (clam([[1, 2]], level=3, downsample=(8.0, 8.0)), "is of a slide with"),
+    ],
+)
+def test_what_is_no_list_of_this_slide_is_refused_in_one_line(roi, wrong):
+    with pytest.raises(SourceError) as caught:
+        tiles_in(roi, FormulaSlide(2000, 1500, mpp=0.5), "s1")
+    assert wrong in caught.value.wrong
+    assert caught.value.where == "s1"
+
+
+@pytest.mark.parametrize("change", [{"tile": 128}, {"mpp": 0.25}, {"mpp": 1.0}])
+def test_a_plan_of_other_tiles_is_refused_and_the_right_one_named(change):
+    with pytest.raises(SourceError, match=r"64 px at 0.5 µm/px.*--tile 64 --mpp 0.5"):
+        plan_slide(FormulaSlide(2000, 1500, mpp=0.5), replace(COORDS, **change), "s1", trident([[1, 2]]))
+
+
+def test_an_empty_list_is_an_empty_plan():
+    assert plan_slide(FormulaSlide(2000, 1500, mpp=0.5), COORDS, "s1", trident(np.empty((0, 2), np.int64))).rows == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- archive
+
+
+def test_the_file_behind_a_plan_is_stored_with_it(tmp_path):
+    roi = trident([[1, 2], [70, 2]])
+    plan = plan_slide(FormulaSlide(2000, 1500, mpp=0.5), COORDS, "s1", roi)
+    for name, data in plan_files(plan).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert load_plan(tmp_path, plan.key).roi == roi.digest
+    assert len({COORDS.key, MASK.key, replace(COORDS, tissue="auto").key, replace(COORDS, tissue="none").key}) == 4
+
+
+@pytest.mark.parametrize("settings", [MASK, COORDS])
+def test_a_rule_that_needs_a_file_says_so(settings):
+    with pytest.raises(UsageError, match="--mask or --coords"):
+        plan_slide(FormulaSlide(2000, 1500, mpp=0.5), settings, "s1")
