@@ -1,8 +1,10 @@
 """Inner loops, one public name for each, whatever runs it. Imports nothing of ours.
 
-`pack` is the one that runs; `patchmill.kernels.reference` is its slow definition, which tests judge it by.
+What is named here runs on the CPU. `patchmill.kernels.gpu` has the same names for tensors on a GPU; it needs torch and
+Triton, so nothing imports it unasked. `patchmill.kernels.reference` holds the slow definitions, which tests judge both
+by.
 """
 
-from patchmill.kernels.cpu import pack
+from patchmill.kernels.cpu import pack, tissue_fraction
 
-__all__ = ["pack"]
+__all__ = ["pack", "tissue_fraction"]

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int32, Int64, UInt8
+from jaxtyping import Float32, Float64, Int32, Int64
 
 __all__ = ["box_weights", "check"]
 
@@ -30,24 +30,30 @@ def snapped(edges: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
 
 
 def check(
-    cells: UInt8[np.ndarray, "s h w 3"],
+    cells: tuple[int, ...],
     where: Int32[np.ndarray, "rows columns"],
     origins: Int32[np.ndarray, "n 2"],
     extent: float,
-    out: UInt8[np.ndarray, "n p p 3"],
+    out: tuple[int, ...],
+    contiguous: bool,
 ) -> int:
-    """Input pixels per side of a tile. Raises ValueError where the compiled loops would leave their arrays."""
-    pixels = out.shape[1]
-    if not out.flags.c_contiguous:
+    """Input pixels per side of a tile. Raises ValueError where the compiled loops would leave their arrays.
+
+    cells, out: the shapes of those arrays. contiguous: whether out lies in memory without gaps.
+    """
+    if not contiguous:
         raise ValueError("the buffer is not contiguous")
-    if out.shape != (len(origins), pixels, pixels, 3) or pixels == 0:
-        raise ValueError(f"{len(origins)} tiles do not fit into a buffer of shape {out.shape}")
+    if len(cells) != 4 or cells[3] != 3 or where.ndim != 2:
+        raise ValueError(f"no block of RGB cells: cells of shape {cells} in places of shape {where.shape}")
+    if len(out) != 4 or out != (len(origins), out[1], out[1], 3) or out[1] == 0 or origins.shape[1:] != (2,):
+        raise ValueError(f"{len(origins)} tiles do not fit into a buffer of shape {out}")
+    pixels = out[1]
     if not (math.isfinite(extent) and extent >= pixels):
         raise ValueError(f"a tile of {extent} px cannot fill {pixels} px: pixels are only ever shrunk")
     side = math.ceil(float(snapped(np.array([float(extent)]))[0]))
-    height, width = where.shape[0] * cells.shape[1], where.shape[1] * cells.shape[2]
-    if where.size and (where.min() < -1 or where.max() >= len(cells)):
-        raise ValueError(f"there are {len(cells)} cells, but number {where.max()} is used")
+    height, width = where.shape[0] * cells[1], where.shape[1] * cells[2]
+    if where.size and (where.min() < -1 or where.max() >= cells[0]):
+        raise ValueError(f"there are {cells[0]} cells, but number {where.max()} is used")
     if len(origins) and (
         origins.min() < 0 or origins[:, 0].max() + side > width or origins[:, 1].max() + side > height
     ):

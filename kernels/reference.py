@@ -1,11 +1,12 @@
-"""`pack` by its definition, in NumPy: one weighted mean per output pixel. Slow; judges the fast ones."""
+"""Every kernel by its definition, in NumPy. Slow; judges the fast ones."""
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int32, UInt8
 
+from patchmill.kernels.areas import check_areas
 from patchmill.kernels.boxes import box_weights, check
 
-__all__ = ["pack"]
+__all__ = ["pack", "tissue_fraction"]
 
 
 def pack(
@@ -15,22 +16,51 @@ def pack(
     extent: float,
     out: UInt8[np.ndarray, "n p p 3"],
 ) -> None:
-    """See `patchmill.kernels.cpu.pack`."""
-    side = check(cells, where, origins, extent, out)
+    """See `patchmill.kernels.cpu.pack`. Here one weighted mean per output pixel."""
+    side = check(cells.shape, where, origins, extent, out.shape, out.flags.c_contiguous)
     pixels = out.shape[1]
     first, weights = box_weights(extent, pixels)
     coverage = np.zeros((pixels, side))
     for i in range(pixels):
         used = min(weights.shape[1], side - first[i])
         coverage[i, first[i] : first[i] + used] = weights[i, :used]
-    coverage /= coverage.sum(axis=1, keepdims=True)
+    covered = coverage.sum(axis=1)
+    area = np.outer(covered, covered)[:, :, None]
     block = np.concatenate([np.concatenate([cell_at(cells, number) for number in row], axis=1) for row in where])
     for n, (x, y) in enumerate(origins.tolist()):
         tile = block[y : y + side, x : x + side].astype(np.float64)
-        means = np.einsum("ih,hwc,jw->ijc", coverage, tile, coverage, optimize=True)
-        out[n] = np.floor(means + 0.5)
+        total = np.einsum("ih,hwc,jw->ijc", coverage, tile, coverage, optimize=True)
+        out[n] = np.floor(total / area + 0.5)  # divided last: at whole ratios the sums are exact, so a tie stays a tie
 
 
 def cell_at(cells: UInt8[np.ndarray, "s h w 3"], number: int) -> UInt8[np.ndarray, "h w 3"]:
     """A cell, white where there is none."""
     return cells[number] if number >= 0 else np.full(cells.shape[1:], 255, np.uint8)
+
+
+def tissue_fraction(
+    tissue: Bool[np.ndarray, "h w"],
+    scale: float,
+    x: Float64[np.ndarray, " columns"],
+    y: Float64[np.ndarray, " rows"],
+    span: float,
+) -> tuple[Float32[np.ndarray, "rows columns"], UInt8[np.ndarray, "rows columns"]]:
+    """See `patchmill.kernels.cpu.tissue_fraction`."""
+    check_areas(tissue.shape, scale, span)
+    height, width = tissue.shape
+    down = np.zeros((height + 1, width), np.float32)  # counts: exact up to 2^24 rows
+    np.cumsum(tissue, axis=0, dtype=np.float32, out=down[1:])
+    strips = (between(down, (y + span) / scale) - between(down, y / scale)) * scale
+    across = np.pad(np.cumsum(strips, axis=1), ((0, 0), (1, 0))).T
+    areas = (between(across, (x + span) / scale) - between(across, x / scale)).T * scale
+    fraction = np.clip(areas / span**2, 0, 1).astype(np.float32)
+    return fraction, np.rint(fraction * 255).astype(np.uint8)
+
+
+def between(integral: Float[np.ndarray, "n m"], at: Float64[np.ndarray, " k"]) -> Float64[np.ndarray, "k m"]:
+    """Rows of an integral at fractional positions, linearly between the whole ones."""
+    at = np.clip(at, 0, len(integral) - 1)
+    low = np.minimum(at.astype(np.int64), len(integral) - 2)
+    part = (at - low)[:, None]
+    values: Float64[np.ndarray, "k m"] = integral[low] * (1 - part) + integral[low + 1] * part
+    return values

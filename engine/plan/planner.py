@@ -1,9 +1,9 @@
 """From a slide and settings to its plan."""
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64
 
 from patchmill.errors import SourceError, UsageError
+from patchmill.kernels import tissue_fraction
 from patchmill.plan.grid import block_order, block_side, cells_of, level_pixels, starts, to_level_0
 from patchmill.plan.levels import choose_level, is_near
 from patchmill.plan.roi import Roi, TileList, mask_in, tiles_in
@@ -60,9 +60,10 @@ def gridded(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None) 
         )
     mask = mask_of(slide, settings, source, roi)
     if mask is None:
-        fraction = np.ones((len(y), len(x)), np.float32)
+        fraction, tissue = np.ones((len(y), len(x)), np.float32), np.full((len(y), len(x)), 255, np.uint8)
     else:
-        fraction = tissue_fractions(mask, x * level.downsample, y * level.downsample, extent * level.downsample)
+        left, top, span = x * level.downsample, y * level.downsample, extent * level.downsample
+        fraction, tissue = tissue_fraction(mask.tissue, mask.scale, left, top, span)
     # A fraction is a sum of areas in floating point: a tile that is all tissue may come out as 0.9999999.
     row, column = np.nonzero((fraction >= settings.min_tissue - 1e-6) & (fraction > 0))
     block = block_side(step, level.tile[0])
@@ -77,7 +78,7 @@ def gridded(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None) 
         mpp=reading.mpp,
         block=block,
         coords=to_level_0(np.stack([x[column], y[row]], axis=1), level.downsample),
-        tissue=np.rint(fraction[row, column] * 255).astype(np.uint8),
+        tissue=tissue[row, column],
         roi=roi.digest if roi else "",
     )
 
@@ -109,30 +110,3 @@ def listed(slide: Slide, settings: PlanSettings, source: str, found: TileList, d
         tissue=np.full(len(order), 255, np.uint8),
         roi=digest,
     )
-
-
-def tissue_fractions(
-    mask: TissueMask, x: Float64[np.ndarray, " columns"], y: Float64[np.ndarray, " rows"], span: float
-) -> Float32[np.ndarray, "rows columns"]:
-    """Share of tissue in the square of `span` level-0 pixels at every (x, y) of a grid; exact for parts of mask pixels.
-
-    x, y: level-0 pixels of the grid's columns and rows. The integral of the mask is linear between the corners of its
-    pixels, so interpolating the integral image gives areas, not estimates.
-    """
-    height, width = mask.tissue.shape
-    down = np.zeros((height + 1, width), np.float32)  # counts: exact up to 2^24 rows
-    np.cumsum(mask.tissue, axis=0, dtype=np.float32, out=down[1:])
-    strips = (between(down, (y + span) / mask.scale) - between(down, y / mask.scale)) * mask.scale
-    across = np.pad(np.cumsum(strips, axis=1), ((0, 0), (1, 0))).T
-    areas = (between(across, (x + span) / mask.scale) - between(across, x / mask.scale)).T * mask.scale
-    fractions: Float32[np.ndarray, "rows columns"] = np.clip(areas / span**2, 0, 1).astype(np.float32)
-    return fractions
-
-
-def between(integral: Float[np.ndarray, "n m"], at: Float64[np.ndarray, " k"]) -> Float64[np.ndarray, "k m"]:
-    """Rows of an integral at fractional positions, linearly between the whole ones."""
-    at = np.clip(at, 0, len(integral) - 1)
-    low = np.minimum(at.astype(np.int64), len(integral) - 2)
-    part = (at - low)[:, None]
-    values: Float64[np.ndarray, "k m"] = integral[low] * (1 - part) + integral[low + 1] * part
-    return values

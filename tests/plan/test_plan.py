@@ -14,8 +14,6 @@ from patchmill.kernels import pack
 from patchmill.plan import blocks, plan_slide
 from patchmill.plan.grid import level_pixels
 from patchmill.plan.overview import MOST_PIXELS, read_overview
-from patchmill.plan.planner import tissue_fractions
-from patchmill.plan.tissue import TissueMask
 from patchmill.testing.slides import ArraySlide, FormulaSlide
 from patchmill.types import Level, PlanSettings
 
@@ -181,21 +179,6 @@ def test_a_tile_as_large_as_the_slide_is_the_only_one():
 def test_a_level_within_tolerance_is_named_by_its_own_mpp():
     plan = whole_grid(FormulaSlide(2000, 2000, 0.499))
     assert (plan.ratio, plan.mpp, plan.extent) == (1.0, 0.499, 224.0)
-
-
-@given(st.integers(0, 99), st.floats(0.5, 9), st.floats(0.7, 40))
-@settings(deadline=None)
-def test_tissue_fractions_are_areas(seed, scale, span):
-    rng = np.random.default_rng(seed)
-    mask = TissueMask(rng.random((7, 9)) < 0.5, scale)
-    x, y = rng.uniform(0, 9 * scale, 3), rng.uniform(0, 7 * scale, 4)
-
-    def overlaps(start, count):
-        edges = np.arange(count + 1) * scale
-        return np.clip(np.minimum(edges[1:], start + span) - np.maximum(edges[:-1], start), 0, None)
-
-    slow = [[overlaps(b, 7) @ mask.tissue @ overlaps(a, 9) / span**2 for a in x] for b in y]
-    assert np.allclose(tissue_fractions(mask, x, y, span), slow, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(160, 240), (161, 243), (15, 17)])

@@ -1,0 +1,200 @@
+"""The Triton kernels against the NumPy reference. `test_gpu` runs this file in a process of its own: TRITON_INTERPRET
+must be set before Triton is imported, and would change what other tests see."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from patchmill.kernels import cpu, gpu, reference
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+ratios = st.integers(1, 8) | st.floats(1, 8)
+
+
+def interpreted(max_examples):
+    """Never searches for a smaller example: in the interpreter that takes minutes."""
+    phases = [Phase.explicit, Phase.reuse, Phase.generate]
+    return settings(deadline=None, max_examples=max_examples, phases=phases, report_multiple_bugs=False)
+
+
+def on_device(array):
+    return torch.from_numpy(array).to(DEVICE)
+
+
+def packed(cells, where, origins, extent, pixels):
+    """The same tiles by Triton, numba and the definition."""
+    shape = len(origins), pixels, pixels, 3
+    tiles = torch.full(shape, 7, dtype=torch.uint8, device=DEVICE)
+    gpu.pack(on_device(cells), torch.from_numpy(where), torch.from_numpy(origins), extent, tiles)
+    numba, slow = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
+    cpu.pack(cells, where, origins, extent, numba)
+    reference.pack(cells, where, origins, extent, slow)
+    return tiles.cpu().numpy(), numba, slow
+
+
+def judged(seed, pixels, ratio, high, wide, white):
+    """Within one level, and the same at whole ratios, where ties are exact; the same bits as on the CPU anywhere."""
+    rng = np.random.default_rng(seed)
+    side = int(np.ceil(pixels * ratio))
+    rows, columns = side // high + 2, side // wide + 2
+    where = rng.permutation(rows * columns).astype(np.int32).reshape(rows, columns)
+    cells = rng.integers(0, 256, (rows * columns, high, wide, 3), dtype=np.uint8)
+    where.flat[rng.integers(0, where.size, white)] = -1
+    limits = columns * wide - side, rows * high - side
+    origins = np.array([limits, rng.integers(0, limits)], np.int32)  # one of them at the very edge
+    tiles, numba, slow = packed(cells, where, origins, pixels * ratio, pixels)
+    assert np.abs(tiles.astype(int) - slow).max() <= 1
+    if float(ratio).is_integer():
+        assert np.array_equal(tiles, slow)
+    assert np.array_equal(tiles, numba)
+
+
+@given(st.integers(0, 999), st.integers(1, 6), ratios, st.integers(3, 19), st.integers(3, 19), st.integers(0, 5))
+@interpreted(max_examples=25)
+def test_pack_equals_its_definition(seed, pixels, ratio, high, wide, white):
+    judged(seed, pixels, ratio, high, wide, white)
+
+
+@pytest.mark.parametrize(("pixels", "ratio"), [(86, 1), (9, 4), (23, 1.3)])
+def test_pack_equals_its_definition_over_many_programs(pixels, ratio):
+    """Wider than the bytes of a row that one program makes, and higher than its rows."""
+    judged(0, pixels, ratio, 17, 29, 3)
+
+
+def test_pixels_are_copied_at_ratio_one():
+    block = np.random.default_rng(0).integers(0, 256, (1, 40, 60, 3), dtype=np.uint8)
+    origins = np.array([[0, 0], [44, 24], [13, 7]], np.int32)
+    tiles, _, _ = packed(block, np.zeros((1, 1), np.int32), origins, 16.0, 16)
+    for tile, (x, y) in zip(tiles, origins, strict=True):
+        assert np.array_equal(tile, block[0, y : y + 16, x : x + 16])
+
+
+@pytest.mark.parametrize(("values", "level"), [((3, 4, 4, 3), 4), ((0, 0, 0, 2), 1), ((254, 255, 255, 254), 255)])
+def test_ties_are_rounded_up(values, level):
+    cell = np.repeat(np.array(values, np.uint8).reshape(1, 2, 2, 1), 3, axis=3)
+    tiles, _, slow = packed(cell, np.zeros((1, 1), np.int32), np.zeros((1, 2), np.int32), 2.0, 1)
+    assert (tiles == level).all()
+    assert (slow == level).all()
+
+
+def test_only_its_slice_of_a_buffer_is_written():
+    buffer = torch.full((6, 8, 8, 3), 9, dtype=torch.uint8, device=DEVICE)
+    cells = torch.zeros((1, 20, 20, 3), dtype=torch.uint8, device=DEVICE)
+    gpu.pack(cells, torch.zeros((1, 1), dtype=torch.int32), torch.zeros((2, 2), dtype=torch.int32), 16.5, buffer[2:4])
+    assert (buffer[2:4] == 0).all()
+    assert (buffer[:2] == 9).all()
+    assert (buffer[4:] == 9).all()
+
+
+def test_cells_may_lie_beyond_two_gigabytes():
+    count = 2**31 // (256 * 256 * 3) + 2
+    cells = np.zeros((count, 256, 256, 3), np.uint8)  # memory of which only the pages that are written exist
+    cells[-1] = 200
+    tiles = torch.empty((1, 4, 4, 3), dtype=torch.uint8, device=DEVICE)
+    where = torch.full((1, 1), count - 1, dtype=torch.int32)
+    gpu.pack(on_device(cells), where, torch.full((1, 2), 250, dtype=torch.int32), 4.0, tiles)
+    assert (tiles == 200).all()
+
+
+def test_pack_of_no_tiles_does_nothing():
+    tiles, _, _ = packed(
+        np.zeros((1, 9, 9, 3), np.uint8), np.zeros((1, 1), np.int32), np.zeros((0, 2), np.int32), 8.0, 8
+    )
+    assert tiles.shape == (0, 8, 8, 3)
+
+
+def test_a_block_without_cells_is_white():
+    none = np.empty((0, 9, 9, 3), np.uint8)
+    for tiles in packed(none, np.full((1, 2), -1, np.int32), np.array([[4, 1]], np.int32), 8.0, 4):
+        assert (tiles == 255).all()
+
+
+def arguments(**changed):
+    byte, whole = {"dtype": torch.uint8, "device": DEVICE}, {"dtype": torch.int32}
+    usual = {
+        "cells": torch.zeros((2, 8, 8, 3), **byte),
+        "where": torch.tensor([[0, 1]], **whole),
+        "origins": torch.zeros((1, 2), **whole),
+        "extent": 8.0,
+        "out": torch.zeros((1, 8, 8, 3), **byte),
+    }
+    return usual | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"origins": torch.tensor([[9, 0]], dtype=torch.int32)}, "out of its block"),
+        ({"origins": torch.tensor([[0, -1]], dtype=torch.int32)}, "out of its block"),
+        ({"origins": torch.zeros((2, 2), dtype=torch.int32)}, "do not fit"),
+        ({"origins": torch.zeros((1, 3), dtype=torch.int32)}, "do not fit"),
+        ({"origins": torch.zeros((1, 2), dtype=torch.int64)}, "not torch.int32"),
+        ({"where": torch.tensor([[0, 2]], dtype=torch.int32)}, "there are 2 cells, but number 2 is used"),
+        ({"where": torch.tensor([[0.0, 1.0]])}, "not torch.int32"),
+        ({"extent": 7.9}, "ever shrunk"),
+        ({"extent": float("nan")}, "ever shrunk"),
+        ({"cells": torch.zeros((2, 8, 8, 4), dtype=torch.uint8, device=DEVICE)}, "no block of RGB cells"),
+        ({"cells": torch.zeros((2, 8, 8, 3), device=DEVICE)}, "not torch.uint8"),
+        ({"cells": torch.zeros((2, 8, 8, 3), dtype=torch.uint8, device="meta")}, "on meta, not torch.uint8 on"),
+        ({"out": torch.zeros((1, 8, 16, 3), dtype=torch.uint8, device=DEVICE)[:, :, ::2]}, "not contiguous"),
+        ({"out": torch.zeros((8, 8, 3), dtype=torch.uint8, device=DEVICE)}, "do not fit"),
+    ],
+)
+def test_pack_refuses_what_would_leave_the_arrays(changed, match):
+    gpu.pack(**arguments())
+    with pytest.raises(ValueError, match=match):
+        gpu.pack(**arguments(**changed))
+
+
+@given(st.integers(0, 999), st.integers(1, 9), st.integers(1, 9), st.floats(0.5, 9), st.floats(0.7, 40))
+@interpreted(max_examples=30)
+def test_tissue_fraction_is_that_of_the_definition_to_the_bit(seed, height, width, scale, span):
+    rng = np.random.default_rng(seed)
+    tissue = rng.random((height, width)) < 0.6
+    x, y = rng.uniform(-span, width * scale, 3), rng.uniform(-span, height * scale, 4)
+    fast = gpu.tissue_fraction(on_device(tissue), scale, on_device(x), on_device(y), span)
+    slow = reference.tissue_fraction(tissue, scale, x, y, span)
+    for ours, theirs in zip(fast, slow, strict=True):
+        assert np.array_equal(ours.cpu().numpy(), theirs)
+        assert ours.cpu().numpy().dtype == theirs.dtype
+
+
+def test_tissue_fraction_of_a_mask_wider_than_a_program():
+    rng = np.random.default_rng(1)
+    tissue, x, y = rng.random((40, 600)) < 0.6, np.arange(0.0, 9000, 37.7), np.arange(0.0, 600, 51.3)
+    fast, _ = gpu.tissue_fraction(on_device(tissue), 16.1, on_device(x), on_device(y), 73.3)
+    slow, _ = reference.tissue_fraction(tissue, 16.1, x, y, 73.3)
+    assert np.array_equal(fast.cpu().numpy(), slow)
+
+
+@pytest.mark.parametrize(("pixels", "level"), [(0, 0), (30, 76), (50, 128), (100, 255)])
+def test_tissue_levels_are_rounded_half_to_even(pixels, level):
+    tissue = torch.arange(100, device=DEVICE).reshape(10, 10) < pixels
+    zero = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+    assert (gpu.tissue_fraction(tissue, 8.0, zero, zero, 80.0)[1] == level).all()
+
+
+def test_tissue_fraction_of_no_tiles_is_empty():
+    none = torch.zeros(0, dtype=torch.float64, device=DEVICE)
+    tissue = torch.ones((3, 4), dtype=torch.bool, device=DEVICE)
+    one = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+    for x, y in [(none, none), (none, one), (one, none)]:
+        fraction, level = gpu.tissue_fraction(tissue, 8.0, x, y, 20.0)
+        assert fraction.shape == level.shape == (len(y), len(x))
+
+
+@pytest.mark.parametrize(
+    ("tissue", "x", "match"),
+    [
+        (torch.ones((3, 4), dtype=torch.uint8), torch.zeros(1, dtype=torch.float64), "not torch.bool"),
+        (torch.ones((3, 4), dtype=torch.bool), torch.zeros(1), "not torch.float64"),
+        (torch.ones((3, 0), dtype=torch.bool), torch.zeros(1, dtype=torch.float64), "no mask has the shape"),
+    ],
+)
+def test_tissue_fraction_refuses_tensors_of_another_kind(tissue, x, match):
+    with pytest.raises(ValueError, match=match):
+        gpu.tissue_fraction(tissue.to(DEVICE), 8.0, x.to(DEVICE), x.to(DEVICE, torch.float64), 20.0)
