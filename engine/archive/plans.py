@@ -16,7 +16,8 @@ __all__ = ["ROOT", "load_plan", "plan_files", "root_attributes", "root_document"
 
 ROOT = f"{DATA}/zarr.json"
 ALLOWED = frozenset(  # what a store may say of its source; all else could name a person
-    {"bounds", "fingerprint", "kind", "levels", "mpp", "objective", "reader", "subject", "vendor"}
+    {"fingerprint", "kind", "levels", "mpp", "mpp_x", "mpp_y", "objective", "reader", "subject", "vendor"}
+    | {f"bounds_{side}" for side in ("x", "y", "width", "height")}
 )
 
 

@@ -55,7 +55,8 @@ Coords = Annotated[
 ]
 Decode = Annotated[Literal["scaled", "exact"], typer.Option(help="scaled: a codec may shrink, if by an even number")]
 Reader = Annotated[
-    Literal["auto", "openslide", "tiff"], typer.Option(help="who decodes; auto chooses for each file and names it")
+    Literal["auto", "dicom", "openslide", "tiff"],
+    typer.Option(help="who decodes; auto chooses for each file and names it"),
 ]
 MppOverride = Annotated[float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")]
 Rounds = Annotated[int, typer.Option(min=1, help="how often each case is measured, after a warm-up")]

@@ -38,6 +38,7 @@ PACKAGES = (
     "dask",
     "openslide-python",
     "openslide-bin",
+    "pydicom",
     "tifffile",
     "simplejpeg",
     "imagecodecs",
@@ -116,6 +117,7 @@ class _Run:
                 stack.callback(shutil.rmtree, self._job.stage, ignore_errors=True)
             if self._job.encode.precision != "auto":
                 spec = self._job.doors.resolve(self._job.encode)
+                _check_view(self._job.plan, spec)
                 refs, skipped = self._skip_complete(refs, spec)
                 if not refs and self._recorded(spec):
                     return self._report(spec, {}, skipped, None, [], "")
@@ -125,6 +127,7 @@ class _Run:
                 stack.callback(stream.release)
             client.subscribe_topic(PROGRESS, self._told)
             spec, gate = self._gated(client)
+            _check_view(self._job.plan, spec)
             if not skipped:
                 refs, skipped = self._skip_complete(refs, spec)
             self._archive.add_plan(self._job.plan)
@@ -300,6 +303,12 @@ def _check_plan(archive: Archive, plan: PlanSettings, allowed: bool) -> None:
             f"it holds plan {known}, but {plan.key}: {plan.describe()} was asked for",
             "use the same settings, or --new-plan to add a second plan beside it",
         )
+
+
+def _check_view(plan: PlanSettings, spec: EncoderSpec) -> None:
+    if plan.tile < spec.view.pixels:
+        wrong = f"tiles of {plan.tile} px would have to be enlarged to the {spec.view.pixels} px that {spec.name} takes"
+        raise UsageError("--tile", wrong, f"use --tile {spec.view.pixels} or more, or fewer --pixels")
 
 
 def _precision(archive: Archive, encode: EncodeSettings, doors: Doors) -> Any:

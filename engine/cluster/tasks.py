@@ -216,11 +216,11 @@ def _progress() -> Callable[[str, int], None]:
 def _info(slide: Slide, ref: SourceRef, fingerprint: str) -> Mapping[str, Any]:
     """What the archive keeps of a slide, by allow-list."""
     return {
+        **slide.metadata,
         "kind": "slide",
         "fingerprint": fingerprint,
         "subject": ref.subject,
         "mpp": slide.mpp,
         "reader": slide.reader,
         "levels": [[level.width, level.height, level.downsample] for level in slide.levels],
-        **slide.metadata,
     }

@@ -1,9 +1,12 @@
 """Opening what is embedded: from paths to sources, from a source to pixels. Knows nothing of models."""
 
-from patchmill.errors import SourceError
+from collections.abc import Callable, Mapping
+
+from patchmill.errors import SourceError, TransientError
 from patchmill.sources.catalog import CatalogEntry, find_sources
 from patchmill.sources.cells import CellsByRectangle, read_or_none
 from patchmill.sources.content import content_fingerprint
+from patchmill.sources.dicom import DicomSlide, Refused
 from patchmill.sources.files import failure
 from patchmill.sources.openslide import OpenSlideSlide
 from patchmill.sources.patience import READ_TIMEOUT, Patience, PatientSlide
@@ -16,6 +19,7 @@ __all__ = [
     "READ_TIMEOUT",
     "CatalogEntry",
     "CellsByRectangle",
+    "DicomSlide",
     "OpenSlideSlide",
     "Patience",
     "PatientSlide",
@@ -29,23 +33,35 @@ __all__ = [
     "unstage",
 ]
 
-READERS = ("auto", "openslide", "tiff")
+READERS = ("auto", "dicom", "openslide", "tiff")
+DIRECT: Mapping[str, Callable[[SourceRef], Slide]] = {"dicom": DicomSlide, "tiff": TiffSlide}  # by name, tried in turn
 
 
 def open_slide(ref: SourceRef) -> Slide:
     """Open a slide with the reader for its format; ref.mpp overrides the file's own resolution.
 
-    Where ref.reader is "auto", the direct reader takes every file whose pixels it decodes exactly as OpenSlide does,
-    and OpenSlide takes the others; the slide's `reader` says which it was.
+    A file of a DICOM series, or its folder, stands for the whole series. Where ref.reader is "auto", a direct reader
+    takes every file whose pixels it decodes exactly as OpenSlide does, and OpenSlide takes the others; the slide's
+    `reader` says which it was.
 
     Raises SourceError (missing, empty, forbidden, no slide, damaged, no mpp, not for the reader that is asked for), or
     TransientError where its storage fails; both name ref.id.
     """
-    if ref.reader == "openslide":
-        return OpenSlideSlide(ref)
+    refused = ""
+    for name, reader in DIRECT.items():
+        if ref.reader not in ("auto", name):
+            continue
+        try:
+            return reader(ref)
+        except Unsupported as error:
+            if ref.reader == name:
+                wrong = f"the reader {name} cannot take it: {error}"
+                raise SourceError(ref.id, wrong, "use another reader") from error
+            if isinstance(error, Refused):
+                refused = f", and the reader {name} cannot take it: {error}"
     try:
-        return TiffSlide(ref)
-    except Unsupported as error:
-        if ref.reader == "tiff":
-            raise SourceError(ref.id, f"the reader tiff cannot take it: {error}", "use another reader") from error
-    return OpenSlideSlide(ref)
+        return OpenSlideSlide(ref)
+    except SourceError as error:
+        if not refused or isinstance(error, TransientError):
+            raise
+        raise SourceError(ref.id, error.wrong + refused, error.do) from error

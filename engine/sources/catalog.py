@@ -6,15 +6,18 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
 
 from patchmill.errors import UsageError
+from patchmill.sources.series import Damaged, Header, header_of, levels_within
 
 __all__ = ["CatalogEntry", "find_sources"]
 
 SLIDE_SUFFIXES = frozenset(  # what OpenSlide opens and a folder is searched for; a file named by itself may have any
-    {".bif", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu"}
+    {".bif", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu"}
 )
+DICOM = ".dcm"  # which of these are slides, their headers tell
 COLUMNS = frozenset({"path", "id", "mpp", "patient"})  # of a catalog; every other column is a label
 
 
@@ -36,9 +39,13 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> tuple[CatalogEntry,
     its own folder), and may have `id`, `mpp`, `patient`; every other column is a label. A file that is missing, empty
     or no slide, and a subfolder that cannot be read, is an entry all the same: opening it fails, and the others go on.
 
+    The files of a DICOM series in one folder are one source, which the first level file by name stands for, whichever
+    of them is named. Folders are searched for series of whole-slide images alone: a CT is passed over.
+
     Raises UsageError: nothing there, a folder without slides or not readable, a catalog that is no catalog, two
     sources of one name, one file named twice.
     """
+    series_in.cache_clear()
     found: list[CatalogEntry] = []
     for path in paths:
         found.extend(entries_of(os.fspath(path)))
@@ -65,8 +72,42 @@ def entries_of(src: str) -> Iterator[CatalogEntry]:
 
 
 def entry(name: str, path: Path) -> CatalogEntry:
-    """An entry of a file that no catalog describes."""
-    return CatalogEntry(name=name, path=os.path.abspath(path))
+    """An entry of a file that no catalog describes. name: ends in the file's own."""
+    file = file_of(path)
+    return CatalogEntry(name=PurePosixPath(name).with_name(file.name).as_posix(), path=os.path.abspath(file))
+
+
+def file_of(path: Path) -> Path:
+    """The file that stands for a slide: of a DICOM series the first level, whose folder may name it; else itself."""
+    if path.suffix.lower() in SLIDE_SUFFIXES - {DICOM}:
+        return path
+    try:
+        if path.is_dir():
+            (levels,) = series_in(path).values()
+        else:
+            header = header_of(path)
+            levels = series_in(path.parent).get(header.series, ()) if header else ()
+    except (OSError, ValueError, Damaged):  # missing, locked, damaged, several series: opening it fails
+        return path
+    return Path(levels[0].path) if levels else path
+
+
+@cache  # for one call of `find_sources`, which may name each file of a folder
+def series_in(folder: Path) -> Mapping[str, Sequence[Header]]:
+    """`levels_within`."""
+    return levels_within(folder)
+
+
+def is_slide(path: Path) -> bool:
+    """Whether a file in a folder is a slide by its name; for DICOM, by its header, if that can be read."""
+    suffix = path.suffix.lower()
+    if suffix != DICOM:
+        return suffix in SLIDE_SUFFIXES
+    try:
+        header = header_of(path)
+        return header.volume if header else not path.stat().st_size
+    except (OSError, Damaged):
+        return True  # opening it fails: better told than passed over
 
 
 def folder(top: Path, base: Path, src: str) -> Iterator[CatalogEntry]:
@@ -78,7 +119,7 @@ def folder(top: Path, base: Path, src: str) -> Iterator[CatalogEntry]:
         companions = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
         folders[:] = [name for name in folders if name not in companions]  # an MRXS keeps its pixels in there
         for name in files:
-            if Path(name).suffix.lower() in SLIDE_SUFFIXES:
+            if is_slide(Path(here) / name):
                 empty = False
                 yield entry((Path(here) / name).relative_to(base).as_posix(), Path(here) / name)
     for error in locked:
@@ -143,10 +184,10 @@ def described(catalog: Path, line: int, row: Mapping[str | None, str | list[str]
         cells[column] = cell.strip()
     if not cells["path"]:
         raise UsageError(where, "the path is empty", "name a file")
-    path = os.path.abspath(catalog.parent / cells["path"])
+    path = os.path.abspath(catalog.parent / cells["path"])  # as it is written, for the name
     return CatalogEntry(
         name=cells.get("id") or Path(os.path.relpath(path, catalog.parent)).as_posix(),
-        path=path,
+        path=os.fspath(file_of(Path(path))),
         mpp=mpp_in(cells.get("mpp", ""), where),
         patient=cells.get("patient") or None,
         labels={column: cell for column, cell in cells.items() if column not in COLUMNS and cell},

@@ -3,11 +3,12 @@
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import failure
+from patchmill.sources.series import Damaged, Header, levels_of
 
 __all__ = ["content_fingerprint", "parts"]
 
@@ -20,6 +21,8 @@ def content_fingerprint(
     path: str, full: bool = False, source: str = "source", beat: Callable[[], None] = lambda: None
 ) -> str:
     """'sampled:SIZE:SHA256' or 'full:SIZE:SHA256' of a file, with the companion folder of an MRXS.
+
+    Of a DICOM series, all level files, whichever of them is named; not those of labels, which are never read.
 
     Sampled: the first and the last MiB and 14 samples of 64 KiB evenly between them, of every file; files of up to
     2.875 MiB are read whole. size: bytes of all files together. source: the id that errors name. beat: called
@@ -49,12 +52,27 @@ def content_fingerprint(
 
 
 def parts(path: Path) -> Iterator[tuple[str, Path]]:
-    """The file itself, without a name so that renaming it changes nothing, and what lies in its companion folder."""
+    """The file itself, without a name so that renaming it changes nothing, and what lies in its companion folder.
+
+    The files of a DICOM series bear the UIDs that they hold, for the same reason. Raises OSError.
+    """
+    levels = series(path)
+    if levels:
+        yield from sorted((header.uid if len(levels) > 1 else "", Path(header.path)) for header in levels)
+        return
     yield "", path
     companion = path.with_suffix("")
     if path.suffix.lower() == ".mrxs" and companion.is_dir():
         inside = sorted((file.relative_to(companion).as_posix(), file) for file in companion.rglob("*"))
         yield from ((name, file) for name, file in inside if file.is_file())
+
+
+def series(path: Path) -> Sequence[Header]:
+    """The level files of the DICOM series that a file belongs to, none where nothing of the kind is to be found out."""
+    try:
+        return levels_of(path)
+    except Damaged:
+        return ()
 
 
 def samples(size: int) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 
 from patchmill.errors import SourceError, TransientError
 from patchmill.types import SourceRef
@@ -12,10 +13,13 @@ TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, e
 
 
 def check_readable(ref: SourceRef) -> None:
-    """Raise SourceError if the file is missing, empty or forbidden, TransientError if its storage fails."""
+    """Raise SourceError if the file is missing, empty, forbidden or none, TransientError if its storage fails."""
     try:
-        if os.path.isdir(ref.path):
+        mode = os.stat(ref.path).st_mode
+        if stat.S_ISDIR(mode):
             raise SourceError(ref.id, "it is a folder, not a slide", "name the slide's own file")
+        if not stat.S_ISREG(mode):  # a pipe would block for ever
+            raise SourceError(ref.id, "it is no regular file", "name the slide's own file")
         with open(ref.path, "rb") as file:
             empty = not file.read(1)
     except OSError as error:

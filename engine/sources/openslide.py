@@ -21,7 +21,7 @@ from patchmill.sources.cells import CellsByRectangle
 from patchmill.sources.files import check_readable
 from patchmill.types import Level, SourceRef
 
-__all__ = ["Facts", "OpenSlideSlide", "facts_of"]
+__all__ = ["Facts", "OpenSlideSlide", "facts_of", "metadata_of", "resolution"]
 
 CACHE_BYTES = 64 << 20  # decoded tiles kept per process, for all its slides: reads that cut them share them through it
 STRIP = 256  # rows that are read in one call, so that what OpenSlide and Pillow hold beside the result stays small
@@ -145,14 +145,11 @@ def facts_of(handle: openslide.OpenSlide, ref: SourceRef) -> Facts:
     except (openslide.OpenSlideError, KeyError) as error:  # KeyError: a value that is no text
         wrong = f"its properties cannot be read ({type(error).__name__})"
         raise SourceError(ref.id, wrong, "check the file or copy it again") from error
-    mpp = ref.mpp if ref.mpp is not None else mpp_of(properties, ref.id)
-    if not (math.isfinite(mpp) and mpp > 0):
-        raise SourceError(ref.id, f"{mpp} is no resolution", "use --mpp-override with µm per pixel, as 0.25")
     levels = tuple(
         Level(w, h, float(d), tile_of(properties, i))
         for i, ((w, h), d) in enumerate(zip(sizes, downsamples, strict=True))
     )
-    return Facts(levels, mpp, metadata_of(properties, len(levels)))
+    return Facts(levels, resolution(properties, ref), metadata_of(properties, len(levels)))
 
 
 def tile_of(properties: Mapping[str, str], level: int) -> tuple[int, int]:
@@ -162,6 +159,14 @@ def tile_of(properties: Mapping[str, str], level: int) -> tuple[int, int]:
     except (KeyError, ValueError):
         return (512, 512)
     return (size[0], size[1]) if all(64 <= side <= 1024 for side in size) else (512, 512)
+
+
+def resolution(properties: Mapping[str, str], ref: SourceRef) -> float:
+    """Micrometres per level-0 pixel: ref's, if it has one, else the file's own. Raises SourceError."""
+    mpp = ref.mpp if ref.mpp is not None else mpp_of(properties, ref.id)
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise SourceError(ref.id, f"{mpp} is no resolution", "use --mpp-override with µm per pixel, as 0.25")
+    return mpp
 
 
 def mpp_of(properties: Mapping[str, str], source: str) -> float:

@@ -29,11 +29,13 @@ def stage(ref: SourceRef, folder: str, beat: Callable[[], None] = lambda: None) 
         raise SourceError(ref.id, "its files cannot all be told", "embed this format without --stage")
     home = Path(folder) / ref.id
     partial = home.with_name(f"{ref.id}.{secrets.token_hex(4)}.partial")
-    slide = f"slide{Path(ref.path).suffix}"
+    original = Path(ref.path)
+    slide = f"slide{original.suffix}"
     if not home.is_dir():
         try:
-            for name, file in parts(Path(ref.path)):
-                copy(file, partial / "slide" / name if name else partial / slide, beat)
+            for name, file in parts(original):
+                own = not name or file.name == original.name  # of a DICOM series, any file stands for all
+                copy(file, partial / (slide if own else place_of(name, original)), beat)
             rename_or_yield(partial, home)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -42,6 +44,11 @@ def stage(ref: SourceRef, folder: str, beat: Callable[[], None] = lambda: None) 
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return replace(ref, path=str(home / slide))
+
+
+def place_of(name: str, slide: Path) -> Path:
+    """Where a further file of a source goes: beside a file of a series, below that of an MRXS."""
+    return Path("slide") / name if slide.suffix.lower() == ".mrxs" else Path(f"{name}{slide.suffix}")
 
 
 def rename_or_yield(partial: Path, home: Path) -> None:

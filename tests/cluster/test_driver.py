@@ -266,3 +266,19 @@ def test_a_place_for_copies_that_is_not_there_is_wrong_usage(tmp_path):
     write_pyramid(path, FormulaSlide(640, 640, disc=0.6))
     with pytest.raises(UsageError, match="--stage"):
         run(tmp_path / "archive", path, settings={"stage": str(tmp_path / "missing")})
+
+
+def test_all_that_a_slide_may_say_of_itself_is_stored(tmp_path):
+    metadata = {"levels": 1, "vendor": "mirax", "objective": 20.0, "mpp_x": 0.25, "mpp_y": 0.26}
+    metadata |= {f"bounds_{side}": 10 for side in ("x", "y", "width", "height")}
+    (path,) = slides(tmp_path, a={"metadata": metadata})
+    assert run(tmp_path / "archive", path).outcomes[0].outcome == "complete"
+    archive = Archive.open(tmp_path / "archive")
+    info = archive.source(next(iter(archive.source_ids()))).info()
+    assert {name: info[name] for name in metadata} == {**metadata, "levels": [[640, 640, 1.0]]}
+
+
+def test_tiles_are_never_enlarged_to_an_encoders_input(tmp_path):
+    (path,) = slides(tmp_path, a={})
+    with pytest.raises(UsageError, match="--tile: tiles of 48 px would have to be enlarged to the 64 px"):
+        run(tmp_path / "archive", path, tile=48)

@@ -1,9 +1,11 @@
 import os
 
+import numpy as np
 import pytest
 
 from patchmill.errors import UsageError
-from patchmill.sources import find_sources
+from patchmill.sources import catalog, find_sources
+from patchmill.sources.series import levels_within
 
 
 @pytest.fixture
@@ -177,3 +179,72 @@ def test_two_rows_of_one_id(tmp_path):
 def test_one_file_under_two_names(archive):
     text = refusal(archive, archive / "deep")
     assert "the file is named twice, as 'deep/er/c.ndpi' and as 'er/c.ndpi'" in text
+
+
+@pytest.fixture
+def dicom(tmp_path, write_series, write_dicom):
+    """A folder of a series with its label, one of two more series, and one of a CT."""
+    slides = tmp_path / "dicom"
+    write_series(slides / "case1")
+    for series in ("1.2.8", "1.2.9"):
+        write_dicom(slides / "pair" / f"{series}.0.dcm", picture(100, 100), series=series, number=2, tile=128)
+        write_dicom(slides / "pair" / f"{series}.1.dcm", picture(200, 200), series=series, tile=128)
+    ct = "1.2.840.10008.5.1.4.1.1.2"
+    write_dicom(slides / "ct" / "ct1.dcm", picture(100, 100), tile=128, object_class=ct)
+    return slides
+
+
+def picture(height, width):
+    return np.zeros((height, width, 3), np.uint8)
+
+
+def test_a_dicom_series_is_one_source(dicom):
+    expected = ["case1/b-fine.dcm", "pair/1.2.8.0.dcm", "pair/1.2.9.0.dcm"]
+    assert names(dicom) == expected
+    assert names(f"{dicom}/**/*") == [*expected[:1], "ct/ct1.dcm", *expected[1:]]  # whoever names a file means it
+    assert names(dicom / "case1") == ["b-fine.dcm"]
+
+
+def test_every_file_of_a_series_stands_for_it(dicom, monkeypatch):
+    files = sorted((dicom / "case1").iterdir())
+    assert len(files) == 5
+    for file in files:
+        (entry,) = find_sources([file])
+        assert (entry.name, entry.path) == ("b-fine.dcm", str(dicom / "case1" / "b-fine.dcm"))
+    assert find_sources(files) == (entry,)  # as a shell expands a glob
+    assert names(f"{dicom}/*/c-*.dcm") == ["case1/b-fine.dcm"]
+    monkeypatch.chdir(dicom / "case1")
+    assert find_sources(["c-coarse.dcm"]) == (entry,)
+
+
+def test_a_catalog_names_a_series_by_a_file_or_its_folder(dicom):
+    csv = write(dicom / "catalog.csv", "path,id\ncase1,one\npair/1.2.8.1.dcm,\n")
+    entries = {entry.name: entry.path for entry in find_sources([csv])}
+    assert entries == {
+        "one": str(dicom / "case1" / "b-fine.dcm"),
+        "pair/1.2.8.1.dcm": str(dicom / "pair" / "1.2.8.0.dcm"),
+    }
+    write(csv, "path\ncase1\ncase1/c-coarse.dcm\n")
+    assert "the file is named twice" in refusal(csv)
+    write(csv, "path\npair\n")
+    assert find_sources([csv])[0].path == str(dicom / "pair")  # two series: opening it fails
+
+
+def test_a_folder_of_other_dicom_objects_holds_no_slide(dicom):
+    assert "no slide is in this folder" in refusal(dicom / "ct")
+    assert names(dicom / "ct" / "ct1.dcm") == ["ct1.dcm"]
+
+
+def test_dicom_files_that_cannot_be_told_are_entries_that_will_fail(dicom, monkeypatch):
+    (dicom / "ct" / "empty.dcm").touch()
+    (dicom / "ct" / "text.dcm").write_text("no DICOM at all")
+    damaged = (dicom / "case1" / "b-fine.dcm").read_bytes()[:500]
+    (dicom / "ct" / "damaged.dcm").write_bytes(damaged)
+    assert names(dicom / "ct") == ["damaged.dcm", "empty.dcm"]
+
+
+def test_a_folder_of_many_series_is_searched_once(dicom, monkeypatch):
+    searched = []
+    monkeypatch.setattr(catalog, "levels_within", lambda folder: searched.append(folder) or levels_within(folder))
+    assert len(find_sources(sorted((dicom / "pair").iterdir()))) == 2
+    assert searched == [dicom / "pair"]

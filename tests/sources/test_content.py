@@ -92,3 +92,50 @@ def test_failing_storage(large, monkeypatch):
     with pytest.raises(TransientError) as caught:
         content_fingerprint(str(large), source="s1")
     assert str(large) not in str(caught.value)
+
+
+@pytest.fixture
+def series(tmp_path, write_series):
+    return write_series(tmp_path / "series")
+
+
+def changed(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", ["b-fine.dcm", "c-coarse.dcm"])
+def test_every_level_file_of_a_dicom_series_counts(series, name, full):
+    before = content_fingerprint(str(series / "b-fine.dcm"), full=full)
+    for path in (series / "c-coarse.dcm", series / "a-label.dcm", series):  # whichever is named
+        assert content_fingerprint(str(path), full=full) == before
+    changed(series / name)
+    assert content_fingerprint(str(series / "b-fine.dcm"), full=full) != before
+
+
+def test_what_is_no_level_of_a_dicom_series_does_not_count(series, write_dicom):
+    before = content_fingerprint(str(series / "b-fine.dcm"))
+    changed(series / "a-label.dcm")
+    (series / "a-overview.dcm").unlink()
+    write_dicom(series / "other.dcm", np.zeros((100, 100, 3), np.uint8), series="1.2.9", tile=128)
+    (series / "c-coarse.dcm").rename(series / "d.dcm")
+    moved = series.rename(series.with_name("elsewhere"))
+    assert content_fingerprint(str(moved / "b-fine.dcm")) == before
+    (moved / "d.dcm").unlink()
+    assert content_fingerprint(str(moved / "b-fine.dcm")) != before
+
+
+def test_a_series_of_one_file_is_that_file(series):
+    (series / "c-coarse.dcm").unlink()
+    content = (series / "b-fine.dcm").read_bytes()
+    expected = f"full:{len(content)}:{hashlib.sha256(content).hexdigest()}"
+    assert content_fingerprint(str(series / "b-fine.dcm"), full=True) == expected
+
+
+def test_a_damaged_dicom_file_stands_for_itself(series):
+    content = (series / "b-fine.dcm").read_bytes()[:500]
+    (series / "b-fine.dcm").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    assert content_fingerprint(str(series / "b-fine.dcm")) == f"sampled:500:{digest}"
