@@ -1,6 +1,5 @@
 """The verb `plan`: where a slide's tiles would lie, without an archive; and the files that say so."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Literal
 
 from patchmill.errors import SourceError, UsageError
 from patchmill.plan import ROI_SUFFIXES, draw_plan, mask_of, plan_slide, read_roi
+from patchmill.query import save_picture
 from patchmill.sources import CatalogEntry, Patience, PatientSlide, find_sources, open_slide
 from patchmill.types import PlanSettings, SourceRef
 
@@ -85,7 +85,7 @@ def previewed(ref: SourceRef, settings: PlanSettings, picture: Path | None) -> P
                 if picture is not None:
                     says = "" if area is None else f", {area:.2f} sq mm of tissue"  # the font has no µ
                     title = f"{made.rows} tiles of {settings.tile} px, mpp {made.mpp:.3g}{says}"
-                    save(draw_plan(slide, made, mask, title), picture)
+                    save_picture(draw_plan(slide, made, mask, title), picture)
                 return Preview(
                     path=ref.path,
                     tiles=made.rows,
@@ -100,17 +100,6 @@ def previewed(ref: SourceRef, settings: PlanSettings, picture: Path | None) -> P
                 slide.close()
     except SourceError as error:
         return Preview(path=ref.path, wrong=f"{error.wrong}; {error.do}")
-
-
-def save(image: Any, path: Path) -> None:
-    """Write a PNG, whole or not at all. Raises UsageError."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(str(path), f"cannot be written ({type(error).__name__})", "choose another place") from error
 
 
 def pictures_of(entries: Sequence[CatalogEntry], picture: str | Path | None) -> dict[str, Path]:

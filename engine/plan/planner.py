@@ -1,14 +1,15 @@
 """From a slide and settings to its plan."""
 
 import numpy as np
+from jaxtyping import Int32, Int64, UInt8
 
 from patchmill.errors import SourceError, UsageError
 from patchmill.kernels import tissue_fraction
 from patchmill.plan.grid import block_order, block_side, cells_of, level_pixels, starts, to_level_0
-from patchmill.plan.levels import choose_level, is_near
+from patchmill.plan.levels import Reading, choose_level, is_near
 from patchmill.plan.roi import Roi, TileList, mask_in, tiles_in
 from patchmill.plan.tissue import TissueMask, tissue_mask
-from patchmill.types import Plan, PlanSettings, Slide
+from patchmill.types import Level, Plan, PlanSettings, Slide
 
 __all__ = ["mask_of", "plan_slide"]
 
@@ -66,21 +67,8 @@ def gridded(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None) 
         fraction, tissue = tissue_fraction(mask.tissue, mask.scale, left, top, span)
     # A fraction is a sum of areas in floating point: a tile that is all tissue may come out as 0.9999999.
     row, column = np.nonzero((fraction >= settings.min_tissue - 1e-6) & (fraction > 0))
-    block = block_side(step, level.tile[0])
-    order = block_order(column, row, block)
-    row, column = row[order], column[order]
-    return Plan(
-        settings=settings,
-        level=reading.level,
-        shrink=reading.shrink,
-        downsample=level.downsample,
-        ratio=reading.ratio,
-        mpp=reading.mpp,
-        block=block,
-        coords=to_level_0(np.stack([x[column], y[row]], axis=1), level.downsample),
-        tissue=tissue[row, column],
-        roi=roi.digest if roi else "",
-    )
+    coords = to_level_0(np.stack([x[column], y[row]], axis=1), level.downsample)
+    return ordered(settings, reading, level, (column, row), coords, tissue[row, column], roi.digest if roi else "")
 
 
 def listed(slide: Slide, settings: PlanSettings, source: str, found: TileList, digest: str) -> Plan:
@@ -95,9 +83,23 @@ def listed(slide: Slide, settings: PlanSettings, source: str, found: TileList, d
     reading = choose_level(slide.levels, slide.mpp, mpp, source, settings.scaled)
     level = slide.levels[reading.level].shrunk(reading.shrink)
     step = (settings.tile - settings.overlap) * reading.ratio
-    block = block_side(step, level.tile[0])
     column, row = cells_of(level_pixels(found.corners.astype(np.int32), level.downsample), step).T
-    order = block_order(column, row, block)
+    tissue = np.full(len(row), 255, np.uint8)
+    return ordered(settings, reading, level, (column, row), found.corners.astype(np.int32), tissue, digest)
+
+
+def ordered(
+    settings: PlanSettings,
+    reading: Reading,
+    level: Level,
+    place: tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]],
+    coords: Int32[np.ndarray, "n 2"],
+    tissue: UInt8[np.ndarray, " n"],
+    digest: str,
+) -> Plan:
+    """The plan of tiles in any order. level: as it is decoded. place: column and row of each tile in the grid."""
+    block = block_side((settings.tile - settings.overlap) * reading.ratio, level.tile[0])
+    order = block_order(*place, block)
     return Plan(
         settings=settings,
         level=reading.level,
@@ -106,7 +108,7 @@ def listed(slide: Slide, settings: PlanSettings, source: str, found: TileList, d
         ratio=reading.ratio,
         mpp=reading.mpp,
         block=block,
-        coords=found.corners[order].astype(np.int32),
-        tissue=np.full(len(order), 255, np.uint8),
+        coords=coords[order],
+        tissue=tissue[order],
         roi=digest,
     )

@@ -17,7 +17,7 @@ from patchmill.query.query import Hit, QueryResult
 from patchmill.sources import open_slide
 from patchmill.types import Plan, Slide
 
-__all__ = ["draw_hits"]
+__all__ = ["draw_hits", "save_picture"]
 
 SIDE = 224  # pixels of a tile in the picture
 GAP = 20
@@ -37,13 +37,18 @@ def draw_hits(archive: Archive, result: QueryResult, out: Path) -> None:
     shown = [tiles.get(hit) for hit in result.hits]
     query = _shrink(result.image) if result.image is not None else tiles.get(result.place)
     image = _sheet(result, query, shown)
+    save_picture(image, out)
+
+
+def save_picture(image: Image.Image, out: Path) -> None:
+    """Write a PNG, whole or not at all. Raises UsageError."""
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         image.save(partial, format="PNG")
         os.replace(partial, out)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UsageError(out.name, f"cannot be written ({type(error).__name__})", "choose another place") from error
+        raise UsageError(str(out), f"cannot be written ({type(error).__name__})", "choose another place") from error
 
 
 def _tiles(archive: Archive, result: QueryResult) -> dict[Hit | None, Image.Image]:
