@@ -24,8 +24,8 @@ class Row:
     """One case. What was not measured is None."""
 
     case: str
-    value: float  # median of the rounds
-    spread: tuple[float, float]  # least and greatest of the rounds
+    value: float | None  # median of the rounds
+    spread: tuple[float, float] | None  # least and greatest of the rounds
     unit: str
     baseline: str | None = None  # case that was measured in turns with this one
     ratio: float | None = None  # median over the rounds of value / baseline
@@ -60,11 +60,10 @@ class Record:
 
 
 def _cells(each: Row) -> tuple[str, ...]:
-    least, greatest = each.spread
     return (
         each.case,
-        f"{each.value:.4g}",
-        f"{least:.4g}..{greatest:.4g}",
+        "not measured" if each.value is None else f"{each.value:.4g}",
+        "" if each.spread is None else "{:.4g}..{:.4g}".format(*each.spread),
         each.unit,
         "" if each.ratio is None else f"{each.ratio:.3f}",
         each.baseline or "",

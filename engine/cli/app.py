@@ -416,6 +416,20 @@ def bench_ingest(
     return 0
 
 
+@bench_app.command("peers", epilog="Example: patchmill bench peers --rounds 3 --json")
+def bench_peers(
+    tiles: Annotated[int, typer.Option(min=2, help="tiles per side of the slide that is made")] = 24,
+    rounds: Rounds = 3,
+    as_json: Json = False,
+) -> int:
+    """Whole pipelines of LazySlide and slide2vec beside ours; installs them on first use (13 GB), then half an hour."""
+    from patchmill.benchmarks.peers import bench_peers as measure
+
+    record = measure(tiles=tiles, rounds=rounds)
+    show(record.as_dict(), record.text, as_json)
+    return 0
+
+
 @bench_app.command("memory", epilog="Example: patchmill bench memory --json")
 def bench_memory(inputs: Inputs = None, rounds: Rounds = 1, as_json: Json = False) -> int:
     """Peak memory of embed against the size of the slide; several minutes."""
