@@ -107,12 +107,17 @@ def pictures_of(entries: Sequence[CatalogEntry], picture: str | Path | None) -> 
     if picture is None:
         return {}
     if len(entries) == 1:
+        if Path(picture).suffix.lower() != ".png":
+            raise UsageError("--picture", f"{str(picture)!r} is no PNG", "name a file that ends in .png")
         return {entries[0].name: Path(picture)}
     if not Path(picture).is_dir():
         raise UsageError(
             "--picture", f"{len(entries)} slides do not fit into one picture", "name a folder that is there"
         )
-    return {entry.name: Path(picture) / f"{entry.name.replace('/', '_')}.png" for entry in entries}
+    found = {entry.name: Path(picture) / f"{entry.name.replace('/', '_')}.png" for entry in entries}
+    if len(set(found.values())) < len(found):
+        raise UsageError("--picture", "two slides would have the same picture", "plan their folders one by one")
+    return found
 
 
 def with_rois(
@@ -133,7 +138,13 @@ def with_rois(
     if plan.tissue not in ("auto", rule):
         raise UsageError(f"--{rule}", f"the tissue rule is {plan.tissue!r}", f"leave out --tissue {plan.tissue}")
     place = Path(mask or coords or "")
-    return replace(plan, tissue=rule), {entry.name: roi_of(entry, place, rule, len(entries)) for entry in entries}
+    found: dict[str, str] = {}
+    for entry in entries:
+        roi = roi_of(entry, place, rule, len(entries))
+        if roi in found.values() and Path(roi).exists():
+            raise UsageError(f"--{rule}", f"{roi} would serve two slides of the same name", "embed their folders apart")
+        found[entry.name] = roi
+    return replace(plan, tissue=rule), found
 
 
 def roi_of(entry: CatalogEntry, place: Path, rule: str, count: int) -> str:

@@ -1,7 +1,7 @@
 """Own regions of interest: a mask in place of the tissue rule, or a list of tiles that a laboratory already has.
 
 A mask is GeoJSON as QuPath exports it (polygons in level-0 pixels; classes whose name ends with * are left out, as
-QuPath ignores them), or a picture of one channel that covers the whole slide, zero where nothing is wanted. A list of
+QuPath ignores them), or a PNG of one channel that covers the whole slide, zero where nothing is wanted. A list of
 tiles is HDF5 as CLAM and TRIDENT write it: dataset `coords`, int [n, 2], level-0 x and y of each tile's top left
 corner, its attributes saying how large a tile is (CLAM: `patch_size` in pixels of level `patch_level`, whose
 `downsample` it gives; TRIDENT: `patch_size` at the magnification that was asked for, `patch_size_level0` on level 0).
@@ -12,13 +12,16 @@ import io
 import json
 import math
 import os
+import stat
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import h5py
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, UInt8
+from jaxtyping import Bool, Float64, Int, Int64, UInt8
 from PIL import Image
 
 from patchmill.errors import SourceError
@@ -29,11 +32,15 @@ from patchmill.types import Slide, SourceRef
 __all__ = ["ROI_SUFFIXES", "Roi", "TileList", "mask_in", "read_roi", "tiles_in"]
 
 ROI_SUFFIXES: Mapping[str, tuple[str, ...]] = {  # by the tissue rule of a plan
-    "mask": (".geojson", ".json", ".png", ".tif", ".tiff"),
+    "mask": (".geojson", ".json", ".png"),
     "coords": (".h5", ".hdf5"),
 }
 MASK_UM = 2.0  # per pixel that polygons are drawn at: an edge of a tile of 112 µm is then off by less than 1 %
 MOST_PIXELS = 16 << 20  # of a mask
+MOST_PNG = 80 << 20  # pixels of a picture
+MOST_BYTES = 256 << 20  # of a file; more is an export of cells, not of tissue
+MOST_TILES = 10_000_000  # of a list
+FROM = "give the file that CLAM or TRIDENT wrote for this slide: dataset coords with its attributes"
 Rings = list[Float64[np.ndarray, "n 2"]]  # of one polygon: its outline, then its holes
 
 
@@ -63,6 +70,12 @@ def read_roi(ref: SourceRef) -> Roi:
     """Read the file that `ref.roi` names. Raises SourceError, or TransientError where its storage fails."""
     assert ref.roi is not None
     try:
+        status = os.stat(ref.roi)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
+            raise SourceError(ref.id, "its mask or list of tiles is no regular file", "name a file")
+        if status.st_size > MOST_BYTES:
+            wrong = f"its mask or list of tiles has {status.st_size >> 20} MiB"
+            raise SourceError(ref.id, wrong, f"export outlines of tissue, at most {MOST_BYTES >> 20} MiB")
         with open(ref.roi, "rb") as file:
             return Roi(os.path.splitext(ref.roi)[1].lower(), file.read())
     except FileNotFoundError as error:
@@ -78,26 +91,38 @@ def read_roi(ref: SourceRef) -> Roi:
 def mask_in(roi: Roi, slide: Slide, source: str) -> TissueMask:
     """The tissue that a mask says there is. Raises SourceError, naming `source`, for what is no mask of this slide."""
     if roi.suffix in (".geojson", ".json"):
-        return drawn(polygons_in(roi.content, source), slide)
+        return drawn(polygons_in(roi.content, source), slide, source)
     return picture_of(roi.content, slide, source)
 
 
 def picture_of(content: bytes, slide: Slide, source: str) -> TissueMask:
-    """The mask in a picture of one channel."""
-    do = "save one channel of the whole slide, 0 where there is no tissue"
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            if len(image.getbands()) != 1:
-                raise SourceError(source, f"its mask has {len(image.getbands())} channels", do)
-            tissue = np.asarray(image) > 0
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SourceError(source, f"its mask cannot be read ({type(error).__name__})", do) from error
+    """The mask in a PNG of one channel, whatever its scale in x and y."""
+    do = "save one channel of the whole slide as PNG, 0 where there is no tissue"
     width, height = slide.levels[0].width, slide.levels[0].height
-    scale = width / tissue.shape[1]
-    if abs(height / scale - tissue.shape[0]) > max(1.0, 0.01 * tissue.shape[0]):
-        wrong = f"its mask is {tissue.shape[1]} x {tissue.shape[0]} px, the slide {width} x {height}: another shape"
+    columns, rows = struct.unpack(">II", content[16:24]) if len(content) > 24 else (0, 0)  # where a PNG has its size
+    if columns * rows > MOST_PNG:  # before a decoder takes memory for it
+        raise SourceError(source, f"its mask has {columns} x {rows} px", f"save it with at most {MOST_PNG >> 20} Mpx")
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            if image.mode not in ("1", "L", "I", "I;16"):
+                raise SourceError(source, f"its mask is a picture of kind {image.mode}", do)
+            picture = np.asarray(image) > 0
+    except (OSError, ValueError, SyntaxError) as error:
+        raise SourceError(source, f"its mask cannot be read ({type(error).__name__})", do) from error
+    if abs(height * columns / width - rows) > 1 and abs(width * rows / height - columns) > 1:  # more than rounding
+        wrong = f"its mask is {columns} x {rows} px, the slide {width} x {height}: another shape"
         raise SourceError(source, wrong, do)
-    return TissueMask(tissue, scale)
+    shape, scale = grid_of(slide)
+    row = np.minimum(((np.arange(shape[0]) + 0.5) * scale * rows / height).astype(int), rows - 1)
+    column = np.minimum(((np.arange(shape[1]) + 0.5) * scale * columns / width).astype(int), columns - 1)
+    return TissueMask(picture[np.ix_(row, column)], scale)
+
+
+def grid_of(slide: Slide) -> tuple[tuple[int, int], float]:
+    """Rows and columns of a slide's own mask, and level-0 pixels per pixel of it."""
+    width, height = slide.levels[0].width, slide.levels[0].height
+    scale = max(1.0, MASK_UM / slide.mpp, math.sqrt(width * height / MOST_PIXELS))
+    return (math.ceil(height / scale), math.ceil(width / scale)), scale
 
 
 def polygons_in(content: bytes, source: str) -> list[Rings]:
@@ -105,7 +130,7 @@ def polygons_in(content: bytes, source: str) -> list[Rings]:
     do = "export annotations from QuPath as GeoJSON, in pixels"
     try:
         found = list(polygons_of(json.loads(content)))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise SourceError(source, f"its mask is no GeoJSON ({type(error).__name__})", do) from error
     if not found:
         raise SourceError(source, "its mask has no polygon", do)
@@ -124,8 +149,9 @@ def polygons_of(value: Any) -> Iterator[Rings]:
         case "GeometryCollection":
             yield from polygons_of(value["geometries"])
         case "Feature":
-            name = ((value.get("properties") or {}).get("classification") or {}).get("name") or ""
-            if value["geometry"] is not None and not name.endswith("*"):
+            named = (value.get("properties") or {}).get("classification") or ""
+            name = named if isinstance(named, str) else named.get("name") or ""
+            if value.get("geometry") is not None and not name.endswith("*"):
                 yield from polygons_of(value["geometry"])
         case "Polygon":
             yield rings_of(value["coordinates"])
@@ -135,19 +161,21 @@ def polygons_of(value: Any) -> Iterator[Rings]:
 
 def rings_of(coordinates: Any) -> Rings:
     """Outline and holes of a polygon."""
-    rings = [np.array([point[:2] for point in ring], np.float64).reshape(-1, 2) for ring in coordinates]
-    if not rings or not all(np.isfinite(ring).all() for ring in rings):
-        raise ValueError("a coordinate is no number")
+    rings = [np.array([point[:2] for point in ring], np.float64) for ring in coordinates]
+    if not rings or not all(ring.ndim == 2 and ring.shape[1] == 2 and np.isfinite(ring).all() for ring in rings):
+        raise ValueError("a ring is no list of points")
     return rings
 
 
-def drawn(polygons: list[Rings], slide: Slide) -> TissueMask:
+def drawn(polygons: list[Rings], slide: Slide, source: str) -> TissueMask:
     """Polygons as a mask of about 2 µm per pixel; a pixel belongs to a polygon that holds its centre."""
-    width, height = slide.levels[0].width, slide.levels[0].height
-    scale = max(1.0, MASK_UM / slide.mpp, math.sqrt(width * height / MOST_PIXELS))
-    tissue = np.zeros((math.ceil(height / scale), math.ceil(width / scale)), bool)
+    shape, scale = grid_of(slide)
+    tissue = np.zeros(shape, bool)
     for rings in polygons:
         fill(tissue, [ring / scale for ring in rings])
+    if not tissue.any():
+        do = "export annotations of this slide, in pixels of its finest level"
+        raise SourceError(source, f"none of the {len(polygons)} polygons of its mask lies on it", do)
     return TissueMask(tissue, scale)
 
 
@@ -157,20 +185,33 @@ def fill(mask: Bool[np.ndarray, "h w"], rings: Rings) -> None:
     rings: in pixels of the mask. Along the line of centres of a row, every edge that crosses it turns inside into
     outside for all that follows.
     """
-    points = np.concatenate(rings)
-    low = np.clip(np.floor(points.min(axis=0)).astype(int), 0, mask.shape[::-1])
-    high = np.clip(np.ceil(points.max(axis=0)).astype(int) + 1, 0, mask.shape[::-1])
+    start, end = np.concatenate(rings), np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
+    size = mask.shape[::-1]
+    low = np.clip(np.floor(start.min(axis=0)), 0, size).astype(int)
+    high = np.clip(np.ceil(start.max(axis=0)) + 1, 0, size).astype(int)
+    if (low >= high).any():
+        return
+    rows = np.sort(np.clip(np.ceil(np.stack([start[:, 1], end[:, 1]]) - 0.5), low[1], high[1]).astype(int), axis=0)
     turns: UInt8[np.ndarray, "a b"] = np.zeros((high[1] - low[1], high[0] - low[0] + 1), np.uint8)
-    for ring in rings:
-        for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
-            first, last = sorted((math.ceil(y0 - 0.5), math.ceil(y1 - 0.5)))
-            row = np.arange(max(first, low[1]), min(last, high[1]))
-            if len(row):
-                x = x0 + (row + 0.5 - y0) * (x1 - x0) / (y1 - y0)
-                column = np.clip(np.ceil(x - 0.5).astype(int), low[0], high[0])
-                turns[row - low[1], column - low[0]] ^= 1
+    crossings = rows[1] - rows[0]
+    for first, last in runs(crossings):
+        edge = np.repeat(np.arange(first, last), crossings[first:last])
+        before = np.cumsum(crossings[first:last]) - crossings[first:last]
+        row = rows[0][edge] + np.arange(len(edge)) - before[edge - first]
+        (x0, y0), (x1, y1) = start[edge].T, end[edge].T
+        x = x0 + (row + 0.5 - y0) * ((x1 - x0) / (y1 - y0))
+        column = np.clip(np.ceil(x - 0.5), low[0], high[0]).astype(int)
+        np.bitwise_xor.at(turns, (row - low[1], column - low[0]), 1)
     inside = np.bitwise_xor.accumulate(turns, axis=1)[:, :-1].astype(bool)
     mask[low[1] : high[1], low[0] : high[0]] |= inside
+
+
+def runs(crossings: Int64[np.ndarray, " n"]) -> Iterator[tuple[int, int]]:
+    """Edges in runs of about a million crossings, so that memory stays bounded."""
+    if crossings.any():
+        group = (np.cumsum(crossings) - crossings) >> 20
+        cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(crossings)]
+        yield from pairwise(cuts)
 
 
 # ---------------------------------------------------------------------------------------------------- lists of tiles
@@ -178,34 +219,58 @@ def fill(mask: Bool[np.ndarray, "h w"], rings: Rings) -> None:
 
 def tiles_in(roi: Roi, slide: Slide, source: str) -> TileList:
     """The tiles that a file of CLAM or TRIDENT lists. Raises SourceError for any other, and for another slide's."""
-    do = "give the file that CLAM or TRIDENT wrote for this slide: dataset coords with its attributes"
+    corners, attributes = listed_in(roi.content, source)
     try:
-        with h5py.File(io.BytesIO(roi.content), "r") as file:
-            data = file["coords"]
-            corners, attributes = np.asarray(data[()]), dict(data.attrs)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise SourceError(source, f"its list of tiles cannot be read ({type(error).__name__})", do) from error
-    if corners.ndim != 2 or corners.shape[1] != 2 or corners.dtype.kind not in "iu":
-        raise SourceError(source, f"its coords are {corners.dtype} of shape {corners.shape}", do)
-    try:
-        tile = int(attributes["patch_size"])
-        if "patch_size_level0" in attributes:
-            span = float(attributes["patch_size_level0"])
-            size = [int(attributes[name]) for name in ("level0_width", "level0_height") if name in attributes]
-            level = 0
-        else:
-            span = tile * float(np.ravel(attributes["downsample"])[0])
-            size = [int(each) for each in np.ravel(attributes.get("level_dim", []))]
-            level = int(attributes["patch_level"])
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise SourceError(source, f"its coords do not say how large a tile is ({error})", do) from error
+        tile, span, level, size = size_in(attributes, slide)
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+        raise SourceError(source, f"its coords do not say how large a tile is ({error})", FROM) from error
     if not (tile > 0 and math.isfinite(span) and span > 0):
-        raise SourceError(source, f"its tiles have {tile} px on {span:g} level-0 px", do)
-    own = slide.levels[level : level + 1]
-    if size and size != [side for each in own for side in (each.width, each.height)]:
-        raise SourceError(source, f"its list of tiles is of a slide with {size} px at level {level}", do)
+        raise SourceError(source, f"its tiles have {tile} px on {span:g} level-0 px", FROM)
+    own = slide.levels[level]
+    if size and size != [own.width, own.height]:
+        raise SourceError(source, f"its list of tiles is of a slide with {size} px at level {level}", FROM)
     outside = (corners < 0) | (corners >= (slide.levels[0].width, slide.levels[0].height))
     if outside.any():
         wrong = f"{int(outside.any(axis=1).sum())} of {len(corners)} tiles in its list lie outside the slide"
-        raise SourceError(source, wrong, do)
+        raise SourceError(source, wrong, FROM)
     return TileList(corners.astype(np.int64), tile, span)
+
+
+def listed_in(content: bytes, source: str) -> tuple[Int[np.ndarray, "n 2"], Mapping[str, Any]]:
+    """The dataset `coords` and its attributes, once it is known to be small and all in the file. Raises SourceError."""
+    try:
+        with h5py.File(io.BytesIO(content), "r") as file:
+            data = file["coords"]
+            if data.is_virtual or data.external:  # HDF5 would open other files, and crashes where they are missing
+                raise SourceError(source, "its coords lie in another file", FROM)
+            if len(data.shape) != 2 or data.shape[1] != 2 or data.dtype.kind not in "iu":
+                raise SourceError(source, f"its coords are {data.dtype} of shape {data.shape}", FROM)
+            if data.shape[0] > MOST_TILES:
+                raise SourceError(source, f"its list has {data.shape[0]} tiles", f"give at most {MOST_TILES}")
+            return np.asarray(data[()]), dict(data.attrs)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise SourceError(source, f"its list of tiles cannot be read ({type(error).__name__})", FROM) from error
+
+
+def size_in(attributes: Mapping[str, Any], slide: Slide) -> tuple[int, float, int, list[int]]:
+    """Pixels per side of a tile, level-0 pixels per side, and a level with the size that it must have, if stated.
+
+    Raises KeyError, ValueError, TypeError, IndexError or OverflowError for what is not there or does not fit.
+    """
+    tile = int(attributes["patch_size"])
+    if "patch_size_level0" in attributes:
+        size = [int(attributes[name]) for name in ("level0_width", "level0_height") if name in attributes]
+        return tile, float(attributes["patch_size_level0"]), 0, size
+    level = float(attributes["patch_level"])
+    if level not in range(len(slide.levels)):
+        raise ValueError(f"patch_level {level:g} of a slide with {len(slide.levels)} levels")
+    known = slide.levels[int(level)].downsample
+    downsamples = np.ravel(attributes["downsample"]).astype(float)
+    if not (np.abs(downsamples - known) <= 0.01 * known).all():
+        raise ValueError(f"downsample {downsamples.tolist()}, but level {level:g} has {known:g}")
+    return (
+        tile,
+        tile * float(downsamples.mean()),
+        int(level),
+        [int(each) for each in np.ravel(attributes.get("level_dim", []))],
+    )

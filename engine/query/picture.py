@@ -41,13 +41,16 @@ def draw_hits(archive: Archive, result: QueryResult, out: Path) -> None:
 
 
 def save_picture(image: Image.Image, out: Path) -> None:
-    """Write a PNG, whole or not at all. Raises UsageError."""
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    """Write a PNG, whole or not at all, over nothing but another file that ends in .png. Raises UsageError."""
+    if out.suffix.lower() != ".png" or (os.path.lexists(out) and not out.is_file()):  # no slide, no device
+        raise UsageError(str(out), "pictures are PNG files", "name a file that ends in .png")
+    partial = out.with_name(f".{os.getpid()}.partial")  # shorter than any name that is allowed
     try:
         image.save(partial, format="PNG")
         os.replace(partial, out)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise UsageError(str(out), f"cannot be written ({type(error).__name__})", "choose another place") from error
 
 

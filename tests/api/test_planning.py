@@ -1,5 +1,9 @@
 """Plans without an archive, their pictures, and the files that belong to each slide."""
 
+import os
+import shutil
+import stat
+
 import h5py
 import numpy as np
 import pytest
@@ -140,3 +144,35 @@ def test_one_file_is_for_one_slide(slides, tmp_path):
     (tmp_path / "m.png").touch()
     with pytest.raises(UsageError, match="is one file for 2 slides"):
         preview(slides, mask=tmp_path / "m.png")
+
+
+def test_a_picture_overwrites_no_slide_and_no_device(slides, tmp_path):
+    before = (slides / "a.tif").read_bytes()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for target in (slides / "a.tif", tmp_path / "pipe.png", tmp_path / "folder.png", "", "."):
+        with pytest.raises(UsageError, match=r"ends in \.png"):
+            preview(slides / "a.tif", picture=target)
+    assert (slides / "a.tif").read_bytes() == before
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe.png").st_mode)
+    preview(slides / "a.tif", picture=tmp_path / f"{'n' * 251}.png")  # as long as names may be
+    with pytest.raises(UsageError, match="cannot be written"):
+        preview(slides / "a.tif", picture=tmp_path / f"{'n' * 252}.png")
+
+
+def test_two_slides_share_no_picture_and_no_list(slides, tmp_path):
+    (slides / "a").mkdir()
+    for name in ("a/b.tif", "a_b.tif"):
+        shutil.copy(slides / "a.tif", slides / name)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="the same picture"):
+        preview(slides, picture=tmp_path / "out")
+    listed(tmp_path / "out" / "b.h5", [[1, 2]])
+    with pytest.raises(UsageError, match="two slides of the same name"):
+        preview(slides, coords=tmp_path / "out")
+
+
+def test_a_pipe_is_no_mask(slides, tmp_path):
+    os.mkfifo(tmp_path / "m.png")
+    (found,) = preview(slides / "a.tif", mask=tmp_path / "m.png")
+    assert "no regular file" in found.wrong

@@ -150,7 +150,16 @@ def test_tiles_lie_where_a_picture_says(dtype):
     ("roi", "wrong"),
     [
         (Roi(".png", b"no picture"), "cannot be read"),
-        (png(np.zeros((375, 500, 3), np.uint8)), "has 3 channels"),
+        (png(np.zeros((375, 500, 3), np.uint8)), "of kind RGB"),
+        (png(np.zeros((375, 502), np.uint8)), "another shape"),
+        (png(np.zeros((500, 375), np.uint8)), "another shape"),
+        (Roi(".png", b"\x89PNG\r\n\x1a\n" + bytes(8) + b"\xff" * 8 + bytes(99)), "has 4294967295 x 4294967295 px"),
+        (Roi(".png", b"GIF89a" + bytes(99)), "cannot be read"),
+        (geojson(polygon([])), "no GeoJSON (ValueError)"),
+        (geojson(polygon([[1], [2], [3], [4]])), "no GeoJSON (ValueError)"),
+        (geojson(polygon([[10**400, 1], [2, 3]])), "no GeoJSON (OverflowError)"),
+        (geojson(polygon(square(50_000, 50_000, 60_000, 60_000))), "none of the 1 polygons of its mask lies on it"),
+        (geojson(polygon(square(0.1, 0.1, 0.2, 0.2))), "none of the 1 polygons of its mask lies on it"),
         (png(np.zeros((400, 500), np.uint8)), "another shape"),
         (Roi(".geojson", b"{"), "no GeoJSON (JSONDecodeError)"),
         (Roi(".geojson", b"\xff\xfe"), "no GeoJSON"),
@@ -233,7 +242,13 @@ def test_clam_says_its_size_on_a_level():
         (trident([[1, 2], [2000, 0], [-1, 5]]), "2 of 3 tiles in its list lie outside the slide"),
         (trident([[1, 2]], level0_width=2001, level0_height=1500), "is of a slide with [2001, 1500] px at level 0"),
         (clam([[1, 2]], size=(1, 1)), "is of a slide with [1, 1] px"),
-        (clam([[1, 2]], level=3, downsample=(8.0, 8.0)), "is of a slide with"),
+        (clam([[1, 2]], level=3, downsample=(8.0, 8.0)), "patch_level 3 of a slide with 1 levels"),
+        (clam([[1, 2]], level=-1), "patch_level -1 of a slide"),
+        (clam([[1, 2]], level=0.7), "patch_level 0.7 of a slide"),
+        (clam([[1, 2]], level=np.inf), "patch_level inf of a slide"),
+        (clam([[1, 2]], downsample=(1.0, 4.0)), "downsample [1.0, 4.0], but level 0 has 1"),
+        (trident([[1, 2]], tile=np.inf), "do not say how large a tile is"),
+        (trident([[1, 2]], level0_width=np.inf), "do not say how large a tile is"),
     ],
 )
 def test_what_is_no_list_of_this_slide_is_refused_in_one_line(roi, wrong):
@@ -247,6 +262,39 @@ def test_what_is_no_list_of_this_slide_is_refused_in_one_line(roi, wrong):
 def test_a_plan_of_other_tiles_is_refused_and_the_right_one_named(change):
     with pytest.raises(SourceError, match=r"64 px at 0.5 µm/px.*--tile 64 --mpp 0.5"):
         plan_slide(FormulaSlide(2000, 1500, mpp=0.5), replace(COORDS, **change), "s1", trident([[1, 2]]))
+
+
+@pytest.mark.parametrize("kind", ["huge", "virtual", "external"])
+def test_coords_that_are_not_small_and_in_the_file_are_not_read(tmp_path, kind):
+    path = tmp_path / "list.h5"
+    with h5py.File(path, "w") as file:
+        if kind == "huge":
+            file.create_dataset("coords", (10**9, 2), "i8", chunks=(1024, 2))
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout((4, 2), "i8")
+            layout[:] = h5py.VirtualSource("other.h5", "coords", (4, 2))
+            file.create_virtual_dataset("coords", layout)
+        else:
+            file.create_dataset("coords", (4, 2), "i8", external=[("/etc/passwd", 0, 64)])
+    with pytest.raises(SourceError) as caught:
+        tiles_in(Roi(".h5", path.read_bytes()), FormulaSlide(2000, 1500, mpp=0.5), "s1")
+    assert caught.value.wrong in ("its list has 1000000000 tiles", "its coords lie in another file")
+
+
+def test_polygons_beyond_all_numbers_are_cut_at_the_slide():
+    mask = np.zeros((30, 40), bool)
+    fill(mask, [np.array([[-1e300, -1e300], [1e300, -1e300], [1e300, 1e300], [-1e300, 1e300]])])
+    assert mask.all()
+
+
+def test_a_picture_may_have_scales_of_its_own_in_x_and_y():
+    slide = FormulaSlide(2000, 1500, mpp=0.5)
+    pixels = np.zeros((3, 4), np.uint8)
+    pixels[1:, 2:] = 255
+    found = mask_in(png(pixels), slide, "s1").tissue
+    assert found.shape == (375, 500)
+    assert found[125:, 250:].all()
+    assert found.sum() == 250 * 250
 
 
 def test_an_empty_list_is_an_empty_plan():
