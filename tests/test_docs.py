@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 def test_the_commands_run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         program, *arguments = shlex.split(command, comments=True)
         assert program == "patchmill"

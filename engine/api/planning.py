@@ -79,8 +79,8 @@ def previewed(ref: SourceRef, settings: PlanSettings, picture: Path | None) -> P
             roi = patience.run(read_roi, ref) if ref.roi is not None else None
             slide = PatientSlide(patience.run(open_slide, ref), patience)
             try:
-                made = plan_slide(slide, settings, ref.id, roi)
                 mask = mask_of(slide, settings, ref.id, roi)
+                made = plan_slide(slide, settings, ref.id, roi, mask)
                 area = None if mask is None else float(mask.tissue.sum()) * (mask.scale * slide.mpp / 1000) ** 2
                 if picture is not None:
                     says = "" if area is None else f", {area:.2f} sq mm of tissue"  # the font has no µ

@@ -14,17 +14,19 @@ from patchmill.types import Level, Plan, PlanSettings, Slide
 __all__ = ["mask_of", "plan_slide"]
 
 
-def plan_slide(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None = None) -> Plan:
+def plan_slide(
+    slide: Slide, settings: PlanSettings, source: str, roi: Roi | None = None, mask: TissueMask | None = None
+) -> Plan:
     """All tiles of a slide at the target mpp, in block order; 0 rows where there is no tissue.
 
-    source: the id that errors name. roi: the mask or the list of tiles, where the settings ask for one. With tissue
-    "none" or "coords" the tissue fraction, which nobody measured, is stored as 255. Raises SourceError where the slide
-    is coarser than the target mpp or smaller than a tile, or the roi is not one of this slide, and what reading it
-    raises.
+    source: the id that errors name. roi: the mask or the list of tiles, where the settings ask for one. mask: what
+    `mask_of` found, if it is known. With tissue "none" or "coords" the tissue fraction, which nobody measured, is
+    stored as 255. Raises SourceError where the slide is coarser than the target mpp or smaller than a tile, or the roi
+    is not one of this slide, and what reading it raises.
     """
     if settings.tissue == "coords":
         return listed(slide, settings, source, tiles_in(given(roi), slide, source), given(roi).digest)
-    return gridded(slide, settings, source, roi)
+    return gridded(slide, settings, source, roi, mask)
 
 
 def mask_of(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None) -> TissueMask | None:
@@ -44,7 +46,7 @@ def given(roi: Roi | None) -> Roi:
     return roi
 
 
-def gridded(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None) -> Plan:
+def gridded(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None, mask: TissueMask | None) -> Plan:
     """The tiles of a grid that hold enough of the mask; all of them without one."""
     reading = choose_level(slide.levels, slide.mpp, settings.mpp, source, settings.scaled)
     level = slide.levels[reading.level].shrunk(reading.shrink)
@@ -59,7 +61,7 @@ def gridded(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None) 
             f"a tile of {settings.tile} px at {reading.mpp:g} µm/px needs {extent * um:.0f} µm",
             "use a smaller --tile or --mpp, or leave the slide out",
         )
-    mask = mask_of(slide, settings, source, roi)
+    mask = mask or mask_of(slide, settings, source, roi)
     if mask is None:
         fraction, tissue = np.ones((len(y), len(x)), np.float32), np.full((len(y), len(x)), 255, np.uint8)
     else:

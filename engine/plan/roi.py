@@ -201,7 +201,7 @@ def fill(mask: Bool[np.ndarray, "h w"], rings: Rings) -> None:
         (x0, y0), (x1, y1) = start[edge].T, end[edge].T
         x = x0 + (row + 0.5 - y0) * ((x1 - x0) / (y1 - y0))
         column = np.clip(np.ceil(x - 0.5), low[0], high[0]).astype(int)
-        np.bitwise_xor.at(turns, (row - low[1], column - low[0]), 1)
+        np.bitwise_xor.at(turns.ravel(), (row - low[1]) * turns.shape[1] + column - low[0], 1)
     inside = np.bitwise_xor.accumulate(turns, axis=1)[:, :-1].astype(bool)
     mask[low[1] : high[1], low[0] : high[0]] |= inside
 

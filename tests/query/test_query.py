@@ -173,7 +173,7 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(archive, readable, tmp_
     result = query_place(archive, "a.svs", 40.0, 40.0, 1)
     (tmp_path / "folder").mkdir()
     for out in (tmp_path / "folder", tmp_path / "missing" / "hits.png"):
-        with pytest.raises(UsageError, match="cannot be written"):
+        with pytest.raises(UsageError, match=r"cannot be written|ends in \.png"):
             draw_hits(archive, result, out)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
