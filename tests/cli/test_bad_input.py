@@ -167,7 +167,7 @@ def test_an_unreadable_folder_is_named_and_costs_nothing_else(embed, archive, sl
     if not alone:
         ran = embed(archive, locked.parent)
         assert ran.code == 1
-        assert f"{locked}: failed: it cannot be read" in ran.err  # for root; others are told that permission is denied
+        assert f"{locked}: failed: permission denied" in ran.err
         assert "a.tif: " in ran.err
         assert "1 complete" in ran.out
         return
