@@ -8,6 +8,7 @@ slide is (levels, mpp, vendor) OpenSlide says wherever it opens the file.
 Everything else of a TIFF is refused here (`Unsupported`), and left to OpenSlide.
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ from patchmill.sources.openslide import Facts, facts_of
 from patchmill.types import Level, SourceRef
 
 __all__ = ["ADOBE", "JPEG", "TiffSlide", "Unsupported"]
+
+tifffile.logger().setLevel(logging.CRITICAL)  # what is wrong with a file is told once, by us
 
 VENDORS = frozenset({"aperio", "generic-tiff"})  # whose tiles lie on a plain grid; Ventana's overlap, others have holes
 JPEG, RGB, YCBCR = 7, 2, 6  # values of tags

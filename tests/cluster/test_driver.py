@@ -246,6 +246,8 @@ def test_what_a_killed_run_left_on_the_local_disk_is_removed(tmp_path):
 
     def watch(event):
         seen.extend(name for name in os.listdir(stage) if name != "of others")
+        if event.kind == "ended":
+            assert not list(stage.glob(f"*/{event.source}"))  # at once, not at the end of the run
 
     settings = RunSettings(workers=0, shard_rows=16, stage=str(stage))
     null = EncodeSettings(encoder="null", precision="fp32", pixels=64)

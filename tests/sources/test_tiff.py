@@ -278,3 +278,14 @@ def test_superfluous_bytes_within_a_scan_harm_nothing():
         assert decode_jpeg(data, expected, shrink)
         assert decode_jpeg(padded, found, shrink)
         assert np.array_equal(found, expected)
+
+
+def test_tifffile_says_nothing_of_its_own(tmp_path, caplog):
+    whole = tmp_path / "whole.tif"
+    tifffile.imwrite(whole, picture(600, 600), tile=(256, 256), photometric="rgb", metadata=None)
+    (tmp_path / "cut.tif").write_bytes(whole.read_bytes()[:8] + b"\xff" * 99)
+    (tmp_path / "far.tif").write_bytes(whole.read_bytes()[:4] + (1 << 30).to_bytes(4, "little") + bytes(99))
+    for name in ("cut.tif", "far.tif"):
+        with pytest.raises((Unsupported, SourceError)):
+            TiffSlide(ref(tmp_path / name))
+    assert not caplog.records
