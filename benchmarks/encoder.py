@@ -1,9 +1,14 @@
-"""Tiles per second of each model size, beside PyTorch eager and beside the best matrix product of the same run."""
+"""Tiles per second of encoders over sizes, resolutions, precisions and batches, beside PyTorch eager and GEMM."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -11,20 +16,40 @@ import numpy as np
 import onnxruntime
 from jaxtyping import UInt8
 
+from patchmill.benchmarks.eager import eager
 from patchmill.benchmarks.inputs import slides_of, tiles_of
-from patchmill.benchmarks.record import Record, in_turns, machine, row, versions
+from patchmill.benchmarks.operations import gflop
+from patchmill.benchmarks.record import Record, Row, in_turns, machine, row, versions
 from patchmill.encoders import open_encoder
-from patchmill.encoders.cards import ViT, card
+from patchmill.encoders.cards import card
+from patchmill.encoders.precision import precisions as offered
 from patchmill.encoders.session import available_cores
 from patchmill.errors import UsageError
 from patchmill.types import EncodeSettings, PlanSettings
 
-__all__ = ["SIZES", "bench_encoder", "gflop"]
+__all__ = ["PRECISIONS", "SIZES", "Case", "bench_encoder", "knee"]
 
 SIZES = ("dinov3-vits16", "dinov3-vitb16", "dinov3-vitl16")
 PRECISIONS = ("fp32", "int8")
 GEMM_SIDES = (1024, 2048)  # of square matrices; the best of them and of both libraries is the limit
+NEAR = 0.95  # of the best rate: the smallest batch that reaches it is the knee
+ENERGY = "class/powercap/intel-rapl:*/energy_uj"  # under /sys: one counter per package, in microjoules
 Tiles = UInt8[np.ndarray, "n h w 3"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One encoder as it is measured."""
+
+    encoder: str
+    pixels: int
+    precision: str
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """As rows call it."""
+        return f"{self.encoder} {self.precision}, {self.pixels} px, batch {self.batch}"
 
 
 def bench_encoder(
@@ -32,97 +57,151 @@ def bench_encoder(
     *,
     sizes: Sequence[str] = SIZES,
     precisions: Sequence[str] = PRECISIONS,
-    batch: int = 16,
+    pixels: Sequence[int] = (224,),
+    batches: Sequence[int] = (16,),
     rounds: int = 5,
     threads: int | None = None,
+    price: float | None = None,
 ) -> Record:
-    """Measure encoders with untrained weights on real tiles, in turns with transformers' model in PyTorch eager mode.
+    """Measure encoders with untrained weights on real tiles, in turns with the same model in PyTorch eager mode.
 
-    inputs: slides that the tiles are cut from; histology that ships with the package by default. batch: tiles per
-    call, for both. threads: cores, for both. Speed does not depend on the weights' values, quality is not measured.
+    inputs: slides that the tiles are cut from; histology that ships with the package by default. pixels: per side of a
+    tile. batches: tiles per call, for both. threads: cores, for both. price: of an hour of this machine, in any
+    currency. Speed does not depend on the weights' values, quality is not measured.
     """
-    for name in sizes:
-        if not isinstance(card(name).architecture, ViT):
-            raise UsageError("--size", f"{name} is no DINOv3 ViT", f"use {', '.join(SIZES)}")
     threads = threads or available_cores()
-    with TemporaryDirectory() as folder:
-        tiles = tiles_of(slides_of(list(inputs), Path(folder), 8), batch, PlanSettings())
     products = _products(threads)
-    # The same rounds serve as the limit of every size, so that it drifts with the machine as they do.
-    rows, notes = [], ["untrained weights: they say nothing about quality"]
-    for size in sizes:
-        with ExitStack() as stack:
-            cases: dict[str, Callable[[], float]] = {}
-            for precision in precisions:
-                encoder = open_encoder(EncodeSettings(encoder=size, untrained=0, precision=precision, threads=threads))  # type: ignore[arg-type]
-                stack.callback(encoder.close)
-                cases[f"{size} {precision}"] = _rate_of(encoder, tiles)
-            eager = _eager(size, tiles, threads)
-            baseline = f"{size} transformers eager fp32"
-            if eager is not None:
-                cases[baseline] = eager
-            values = in_turns({**cases, **products}, rounds)
-        best = [max(each) for each in zip(*(values[name] for name in products), strict=True)]  # GFLOP/s
-        limit = ("GEMM fp32", [rate / gflop(size, tiles.shape[1]) for rate in best])
-        for name in cases:
-            against = (baseline, values[baseline]) if eager is not None and name != baseline else None
-            rows.append(row(name, values[name], "tiles/s", baseline=against, limit=limit))
-        rows.append(row(f"best GEMM fp32 beside {size}", best, "GFLOP/s"))
-        if eager is None:
-            notes.append("PyTorch eager was not measured: install torch and transformers (extra dev)")
+    rows: list[Row] = []
+    notes = ["untrained weights: they say nothing about quality"]
+    for size, side in product(sizes, pixels):
+        wanted = [precision for precision in precisions if precision in offered(card(size).architecture)]
+        if not wanted:
+            raise UsageError("--precision", f"{size} has no {', '.join(precisions)} graph", "name another precision")
+        cases = [Case(size, side, precision, batch) for precision, batch in product(wanted, batches)]
+        found, said = _measured(cases, inputs, products, rounds, threads, price)
+        rows += found
+        notes += said
     return Record(benchmark="encoder", machine=machine(), versions=versions(), rows=tuple(rows), notes=tuple(notes))
 
 
-def gflop(name: str, pixels: int) -> float:
-    """Floating-point operations of one tile in a DINOv3 ViT, in 10^9; a multiplication and its addition count as two.
+def _measured(
+    cases: Sequence[Case],
+    inputs: Sequence[Path],
+    products: Mapping[str, Callable[[], float]],
+    rounds: int,
+    threads: int,
+    price: float | None,
+) -> tuple[list[Row], list[str]]:
+    """Rows and notes of one size at one resolution: all that is compared is measured in the same turns."""
+    size, pixels = cases[0].encoder, cases[0].pixels
+    with TemporaryDirectory() as folder:
+        count = max(case.batch for case in cases)
+        tiles = tiles_of(slides_of(list(inputs), Path(folder), 8), count, PlanSettings(tile=pixels))
+    joules: dict[str, list[float]] = {case.name: [] for case in cases}
+    with ExitStack() as stack:
+        runs: dict[str, Callable[[], float]] = {}
+        encoders: dict[str, Any] = {}
+        for case in cases:
+            if case.precision not in encoders:
+                settings = EncodeSettings(encoder=size, untrained=0, pixels=pixels, threads=threads)
+                settings = replace(settings, precision=case.precision)  # type: ignore[arg-type]
+                encoders[case.precision] = encoder = open_encoder(settings)
+                stack.callback(encoder.close)
+            runs[case.name] = _rate_of(encoders[case.precision], tiles[: case.batch], joules[case.name])
+        usual = eager(size, threads)
+        beside = {f"{size} eager fp32, {pixels} px, batch {batch}": batch for batch in sorted({c.batch for c in cases})}
+        if usual is not None:
+            runs |= {name: _rate_of(usual, tiles[:batch], []) for name, batch in beside.items()}
+        values = in_turns({**runs, **products}, rounds)
+    best = [max(each) for each in zip(*(values[name] for name in products), strict=True)]  # GFLOP/s
+    work = gflop(size, pixels)
+    limit = ("GEMM fp32", [rate / work for rate in best])
+    against = {batch: name for name, batch in beside.items() if name in values}
+    rows = []
+    for case in cases:
+        rates, baseline = values[case.name], against.get(case.batch)
+        rows.append(row(case.name, rates, "tiles/s", baseline=_of(values, baseline), limit=limit))
+        rows.append(row(f"{case.name}: a batch", [1e3 * case.batch / rate for rate in rates], "ms"))
+        hours = [1e6 / rate / 3600 for rate in rates]
+        rows.append(row(f"{case.name}: a million tiles", hours, "h"))
+        rows += [row(f"{case.name}: a million tiles", [hour * price for hour in hours], "price")] if price else []
+        energy = [each * 1e6 / 3600 for each in joules[case.name][1:]]  # the first is the warm-up's
+        rows.append(_or_null(f"{case.name}: a million tiles", energy, "Wh"))
+    rows += [row(name, values[name], "tiles/s", limit=limit) for name in against.values()]
+    rows.append(row(f"best GEMM fp32 beside {size}, {pixels} px", best, "GFLOP/s"))
+    rows.append(row(f"{size}, {pixels} px: a tile", [work], "GFLOP"))
+    for precision in encoders:
+        memory = _peak_memory(size, precision, pixels, threads)
+        rows.append(_or_null(f"{size} {precision}, {pixels} px: peak memory", memory, "MiB"))
+    notes = [] if usual is not None else [f"{size} in PyTorch eager was not measured: {_why_not()}"]
+    if not any(joules.values()):
+        notes.append("energy was not measured: this machine lets nobody read its counters")
+    batches = sorted({case.batch for case in cases})
+    if len(batches) > 1:
+        for precision in encoders:
+            rates = [median(values[case.name]) for case in cases if case.precision == precision]
+            notes.append(
+                f"{size} {precision}, {pixels} px: within 5 % of its best from a batch of {knee(batches, rates)}"
+            )
+    return rows, notes
 
-    Only matrix products are counted: patch embedding, qkv, scores, weighted values, projection, MLP.
-    """
-    arch = card(name).architecture
-    assert isinstance(arch, ViT)
-    patches = (pixels // arch.patch) ** 2
-    tokens, width = patches + 1 + arch.registers, arch.width
-    block = tokens * (4 * width * width + 2 * width * arch.hidden) + 2 * tokens * tokens * width
-    return 2 * (patches * arch.patch**2 * 3 * width + arch.depth * block) / 1e9
+
+def knee(batches: Sequence[int], rates: Sequence[float]) -> int:
+    """The smallest batch whose rate is near the best one. batches: ascending."""
+    return next(batch for batch, rate in zip(batches, rates, strict=True) if rate >= NEAR * max(rates))
 
 
-def _rate_of(encode: Callable[[Tiles], Any], tiles: Tiles) -> Callable[[], float]:
+def _of(values: Mapping[str, list[float]], name: str | None) -> tuple[str, list[float]] | None:
+    return None if name is None else (name, values[name])
+
+
+def _or_null(case: str, values: Sequence[float], unit: str) -> Row:
+    return row(case, values, unit) if values else Row(case=case, value=None, spread=None, unit=unit)
+
+
+def _why_not() -> str:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return "install torch and transformers (extra dev)"
+    return "transformers has no such model"
+
+
+def _rate_of(encode: Callable[[Tiles], Any], tiles: Tiles, joules: list[float]) -> Callable[[], float]:
+    """Tiles per second of one call; what a tile took in joules is appended, where it can be read."""
+
     def measure() -> float:
-        start = time.perf_counter()
+        before, start = _energy(), time.perf_counter()
         encode(tiles)
-        return len(tiles) / (time.perf_counter() - start)
+        seconds, after = time.perf_counter() - start, _energy()
+        if before is not None and after is not None and after >= before:  # counters start anew when they are full
+            joules.append((after - before) / len(tiles))
+        return len(tiles) / seconds
 
     return measure
 
 
-def _eager(name: str, tiles: Tiles, threads: int) -> Callable[[], float] | None:
-    """The usual way: transformers' DINOv3ViTModel on normalised floats, on as many threads. None where it is absent."""
-    try:
-        import torch
-        from transformers import DINOv3ViTConfig, DINOv3ViTModel
-    except ImportError:
-        return None
-    arch = card(name).architecture
-    assert isinstance(arch, ViT)
-    torch.set_num_threads(threads)
-    config = DINOv3ViTConfig(
-        hidden_size=arch.width,
-        num_hidden_layers=arch.depth,
-        num_attention_heads=arch.heads,
-        intermediate_size=arch.hidden,
-        num_register_tokens=arch.registers,
-        layer_norm_eps=arch.eps,
+def _energy() -> float | None:
+    """Joules that the processors have taken since some time; None where that cannot be read."""
+    with suppress(OSError, ValueError):
+        found = [int(path.read_text()) for path in Path("/sys").glob(ENERGY)]
+        return sum(found) / 1e6 if found else None
+    return None
+
+
+def _peak_memory(size: str, precision: str, pixels: int, threads: int) -> list[float]:
+    """MiB that a process of its own takes to open an encoder and embed a tile a core; none if it cannot be told."""
+    code = (
+        "import numpy as np\n"
+        "from patchmill.encoders import open_encoder\n"
+        "from patchmill.types import EncodeSettings\n"
+        f"settings = EncodeSettings(encoder={size!r}, untrained=0, precision={precision!r}, pixels={pixels}, "
+        f"threads={threads})\n"
+        f"open_encoder(settings)(np.zeros(({threads}, {pixels}, {pixels}, 3), np.uint8))\n"
+        "print(open('/proc/self/status').read())\n"  # not ru_maxrss, which a process inherits from its parent
     )
-    model = DINOv3ViTModel(config).eval()  # type: ignore[no-untyped-call]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (arch.mean, arch.std))
-
-    def encode(pixels: Tiles) -> Any:
-        with torch.inference_mode():
-            floats = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
-            tokens = model(floats).last_hidden_state
-            return tokens[:, 0], tokens[:, 1 + arch.registers :].mean(1)
-
-    return _rate_of(encode, tiles)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return [int(line.split()[1]) / 1024 for line in done.stdout.splitlines() if line.startswith("VmHWM")]
 
 
 def _products(threads: int) -> Mapping[str, Callable[[], float]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from statistics import harmonic_mean
@@ -19,12 +20,12 @@ import simplejpeg
 import tifffile
 from jaxtyping import UInt8
 
-from patchmill.benchmarks.inputs import MPP, histology
+from patchmill.benchmarks.inputs import MPP, histology, write_histology
 from patchmill.benchmarks.record import Record, Row, in_turns, machine, row, versions
 from patchmill.encoders.session import available_cores
 from patchmill.errors import UsageError
 from patchmill.kernels import pack
-from patchmill.plan import blocks, plan_slide
+from patchmill.plan import blocks, mask_of, plan_slide
 from patchmill.sources import Patience, PatientSlide, open_slide
 from patchmill.sources.tiff import ADOBE, JPEG
 from patchmill.stream.clock import StageClock
@@ -35,6 +36,7 @@ __all__ = ["bench_ingest"]
 
 BATCH = 16  # as in `embed`
 SECONDS = 1.0  # of each case in each round
+SHARE = 0.02  # of a slide's time that its tissue mask may cost
 PEER_TILES = 192  # per round of the peers' loader, which is slow
 CODECS: dict[str, dict[str, Any]] = {
     # RGB is what is handed over: tifffile turns it into YCbCr for JPEG, and would take pixels called YCbCr as they are.
@@ -72,6 +74,11 @@ def bench_ingest(inputs: Sequence[Path] = (), *, tiles: int = 24, rounds: int = 
             found, note = measured(case, rounds)
             rows += found
             notes.append(note)
+        rows += masks(list(inputs), Path(folder), tiles, rounds)
+        notes.append(
+            f"tissue: the rate of an encoder that takes {1 / SHARE:g} times as long over a slide's tiles as the mask "
+            "does on one core; below that rate the mask costs less than its share"
+        )
     return Record(benchmark="ingest", machine=machine(), versions=versions(), rows=tuple(rows), notes=tuple(notes))
 
 
@@ -126,6 +133,7 @@ def measured(case: Case, rounds: int) -> tuple[list[Row], str]:
     finally:
         slide.close()
     found: list[Row] = []
+    covered = plan.extent**2 * plan.downsample**2 / 1e6  # level-0 megapixels of a tile
     for number in sorted({1, cores}):
         label = f"{case.name}, {number} core{'s' if number > 1 else ''}"
         bare = values.get(f"codec {number}")
@@ -138,15 +146,38 @@ def measured(case: Case, rounds: int) -> tuple[list[Row], str]:
                 limit=None if bare is None else ("bare codec", bare),
             )
         )
+        found.append(row(f"{label}: megapixels", [rate * covered for rate in values[f"ours {number}"]], "MP/s"))
         found.append(row(f"{label}: peers' loader", values[f"peers {number}"], "tiles/s"))
         if bare is not None:
             found.append(row(f"{label}: bare codec", bare, "tiles/s"))
     if cores > 1:
         one = (f"{case.name}, 1 core", values["ours 1"])
         found.append(row(f"{case.name}, {cores} cores to one", values[f"ours {cores}"], "tiles/s", baseline=one))
-    covered = plan.extent**2 * plan.downsample**2 / 1e6
     name = f"{case.name}: {slide.reader}; {plan.rows} tiles of {covered:.3f} level-0 megapixels"
     return found, f"{name}; decoded at 1/{plan.shrink}, cells of {level.tile[0]} px"
+
+
+def masks(inputs: list[Path], folder: Path, tiles: int, rounds: int) -> list[Row]:
+    """The rate of an encoder at which finding the tissue takes its share of a slide's time, on one core."""
+    paths = {path.name: path for path in inputs}
+    if not inputs:
+        paths = {"jpeg, with coarser levels": folder / "pyramid.tiff", "jpeg, one level": folder / "jpeg.svs"}
+        write_histology(folder / "pyramid.tiff", tiles)
+    slides = {name: open_slide(SourceRef(id=name, path=str(path))) for name, path in paths.items()}
+    try:
+        runs = {f"tissue, {name}": partial(on, 1, partial(affordable, slide)) for name, slide in slides.items()}
+        return [row(name, values, "tiles/s") for name, values in in_turns(runs, rounds).items()]
+    finally:
+        for slide in slides.values():
+            slide.close()
+
+
+def affordable(slide: Slide) -> float:
+    """Tiles of tissue over the time of a mask, times its share."""
+    start = time.perf_counter()
+    mask = mask_of(slide, PlanSettings(), "bench", None)
+    seconds = time.perf_counter() - start
+    return SHARE * plan_slide(slide, PlanSettings(), "bench", mask=mask).rows / seconds
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import csv
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 
 from patchmill.benchmarks.inputs import write_histology
 from patchmill.cli import main
-from patchmill.encoders import gate_tiles
+from patchmill.encoders import gate_tiles, resolve
+from patchmill.types import EncodeSettings
 
 TOP = Path(__file__).parents[1]
 README = (TOP / "README.md").read_text(encoding="utf-8")
@@ -45,6 +47,15 @@ def test_the_commands_run(folder, monkeypatch, capsys):
         assert main(arguments) == 0, f"{command}: {capsys.readouterr().err}"
     with Image.open("hits.png") as picture:
         assert picture.width > 500
+
+
+def test_the_encoder_of_ones_own_is_one(tmp_path, monkeypatch):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (TOP / "docs/encoders.md").read_text("utf-8"), flags=re.DOTALL)
+    (tmp_path / "my-vit.yaml").write_text(text)
+    monkeypatch.setenv("PATCHMILL_ENCODERS", str(tmp_path))
+    settings = EncodeSettings(encoder="my-vit", untrained=0, precision="fp32")
+    assert resolve(settings).outputs == {"cls": 768, "mean": 768}
+    assert resolve(replace(settings, pixels=448)).view.pixels == 448
 
 
 def test_the_python_runs(folder, monkeypatch, capsys):

@@ -3,10 +3,10 @@
 from patchmill.api.demonstration import Demo, demo
 from patchmill.api.diagnosis import Finding, doctor
 from patchmill.api.embedding import embed
+from patchmill.api.encoders import check_encoder, export_encoder, list_encoders
 from patchmill.api.holdings import Status, status
 from patchmill.api.planning import Preview, preview
-from patchmill.api.searching import build_index, check_encoder, draw_hits, probe_knn, query_image, query_place, verify
-from patchmill.encoders import known as list_encoders
+from patchmill.api.searching import build_index, draw_hits, probe_knn, query_image, query_place, verify
 
 __all__ = [
     "Demo",
@@ -19,6 +19,7 @@ __all__ = [
     "doctor",
     "draw_hits",
     "embed",
+    "export_encoder",
     "list_encoders",
     "preview",
     "probe_knn",

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from patchmill import archive as archives
-from patchmill import encoders, index, probes, query
+from patchmill import index, probes, query
 from patchmill.archive import Archive, Damage
-from patchmill.encoders import GateReport
 from patchmill.index import IndexReport
 from patchmill.probes import ProbeReport
 from patchmill.query import QueryResult
-from patchmill.types import EncodeSettings
 
-__all__ = ["build_index", "check_encoder", "draw_hits", "probe_knn", "query_image", "query_place", "verify"]
+__all__ = ["build_index", "draw_hits", "probe_knn", "query_image", "query_place", "verify"]
 
 
 def verify(
@@ -24,13 +22,6 @@ def verify(
     progress: called with the number of sources done and of all. Raises ArchiveError if it is no archive.
     """
     return archives.verify(Archive.open(Path(archive)), withdraw=withdraw, progress=progress)
-
-
-def check_encoder(settings: EncodeSettings) -> GateReport:
-    """Prove an encoder against its reference on this machine. Raises EncoderError with the figures if it fails."""
-    encoder, report = encoders.open_gated(settings)
-    encoder.close()
-    return report
 
 
 def build_index(archive: str | Path, **choice: Any) -> IndexReport:

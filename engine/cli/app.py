@@ -1,14 +1,14 @@
 """The commands: arguments in, one call of the API, printing."""
 
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from patchmill.cli.bench import bench_app
+from patchmill.cli.common import Json, show
 from patchmill.errors import UsageError
 from patchmill.types import EncodeSettings, PlanSettings
 
@@ -22,7 +22,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 probe_app = typer.Typer(help="Light tasks on frozen embeddings.", rich_markup_mode=None)
-bench_app = typer.Typer(help="Measure throughput on this machine.", rich_markup_mode=None)
 app.add_typer(probe_app, name="probe")
 app.add_typer(bench_app, name="bench")
 
@@ -30,16 +29,12 @@ _plan, _encode = PlanSettings(), EncodeSettings()  # the defaults are named once
 _READ_TIMEOUT = 120.0  # of patchmill.sources, which would be slow to import here; a test compares the two
 
 ArchivePath = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="the archive's folder")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
 PlanKey = Annotated[str | None, typer.Option("--plan", help="plan key, where the archive holds several")]
 EncoderKey = Annotated[
     str | None, typer.Option("--encoder", help="encoder key or name, where the archive holds several")
 ]
 Output = Annotated[str | None, typer.Option(help="cls or mean, where the encoder has both; its first by default")]
-Weights = Annotated[Path | None, typer.Option(help="weights file: safetensors, or Meta's .pth")]
-Inputs = Annotated[
-    list[Path] | None, typer.Option("--input", help="your own slide; may be given several times; else one is made")
-]
+Weights = Annotated[Path | None, typer.Option(help="weights file: safetensors, the index of several, or .pth")]
 Sources = Annotated[list[str], typer.Argument(metavar="SRC...", help="slides, folders, globs or CSV catalogs")]
 Mpp = Annotated[float, typer.Option(help="micrometres per tile pixel")]
 TileSide = Annotated[int, typer.Option("--tile", help="pixels per side of a tile")]
@@ -59,12 +54,6 @@ Reader = Annotated[
     typer.Option(help="who decodes; auto chooses for each file and names it"),
 ]
 MppOverride = Annotated[float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")]
-Rounds = Annotated[int, typer.Option(min=1, help="how often each case is measured, after a warm-up")]
-
-
-def show(value: Any, text: Callable[[], str], as_json: bool) -> None:
-    """Print a result for a program or for a person."""
-    print(json.dumps(value) if as_json else text())
 
 
 @app.command(epilog="Example: patchmill embed slides/ --archive my-archive --encoder efficientnet-lite0")
@@ -298,25 +287,41 @@ def knn(
 @app.command(epilog="Example: patchmill encoders --check efficientnet-lite0")
 def encoders(
     check: Annotated[str | None, typer.Option(metavar="NAME", help="run the gate of one encoder here")] = None,
+    export: Annotated[str | None, typer.Option(metavar="NAME", help="write the ONNX graph of one encoder")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="file for --export; NAME.onnx by default")] = None,
     weights: Weights = None,
     precision: Annotated[Literal["auto", "fp32", "fp16", "int8"], typer.Option()] = "auto",
+    pixels: Annotated[int | None, typer.Option(help="per side of the input; the encoder's own by default")] = None,
     untrained: Annotated[int | None, typer.Option(metavar="SEED")] = None,
     as_json: Json = False,
 ) -> int:
-    """List the encoders and where their weights are, or prove one against its reference on this machine."""
+    """List the encoders and where their weights are, prove one on this machine, or write its graph."""
     from patchmill import api
     from patchmill.cli.text import encoders_text, gate_text
 
-    if check is None:
+    name = check or export
+    if name is None:
         cards = api.list_encoders()
         show({"encoders": [asdict(card) for card in cards]}, lambda: encoders_text(cards), as_json)
         return 0
-    report = api.check_encoder(
-        EncodeSettings(
-            encoder=check, weights=str(weights) if weights else None, precision=precision, untrained=untrained
-        )
+    if check is not None and export is not None:
+        raise UsageError("--export", "--check was given too", "give one of the two")
+    settings = EncodeSettings(
+        encoder=name,
+        weights=str(weights) if weights else None,
+        precision=precision,
+        pixels=pixels,
+        untrained=untrained,
     )
-    show(asdict(report), lambda: gate_text(check, report), as_json)
+    if export is not None:
+        if precision == "auto":
+            settings = replace(settings, precision="fp32")
+        path = onnx or Path(f"{export}.onnx")
+        api.export_encoder(settings, path)
+        show({"graph": str(path), "weights": f"{path}.data"}, lambda: f"{path} and {path}.data", as_json)
+        return 0
+    report = api.check_encoder(settings)
+    show(asdict(report), lambda: gate_text(name, report), as_json)
     return 0
 
 
@@ -355,86 +360,4 @@ def demo(
         "probe": made.probe.as_dict(),
     }
     show(value, lambda: demo_text(made), as_json)
-    return 0
-
-
-@bench_app.command("encoder", epilog="Example: patchmill bench encoder --size dinov3-vits16 --rounds 3")
-def bench_encoder(
-    inputs: Inputs = None,
-    size: Annotated[list[str] | None, typer.Option(help="S, B and L by default; may be given several times")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="fp32 and int8 by default")] = None,
-    batch: Annotated[int, typer.Option(help="tiles per call")] = _encode.batch,
-    rounds: Rounds = 5,
-    threads: Annotated[int | None, typer.Option(help="cores; all by default")] = None,
-    as_json: Json = False,
-) -> int:
-    """Tiles per second of each model size, beside PyTorch eager and the best matrix product."""
-    from patchmill.benchmarks.encoder import PRECISIONS, SIZES
-    from patchmill.benchmarks.encoder import bench_encoder as measure
-
-    record = measure(
-        inputs or (),
-        sizes=size or SIZES,
-        precisions=precision or PRECISIONS,
-        batch=batch,
-        rounds=rounds,
-        threads=threads,
-    )
-    show(record.as_dict(), record.text, as_json)
-    return 0
-
-
-@bench_app.command("pipeline", epilog="Example: patchmill bench pipeline --input slide.svs --rounds 3")
-def bench_pipeline(
-    inputs: Inputs = None,
-    encoder: Annotated[str, typer.Option(help="see patchmill encoders")] = _encode.encoder,
-    precision: Annotated[Literal["fp32", "int8"], typer.Option()] = "fp32",
-    tiles: Annotated[int, typer.Option(help="tiles per side of the slide that is made without --input")] = 20,
-    rounds: Rounds = 3,
-    as_json: Json = False,
-) -> int:
-    """The whole of embed as a fraction of what its encoder does alone."""
-    from patchmill.benchmarks.pipeline import bench_pipeline as measure
-
-    record = measure(inputs or (), encoder=encoder, precision=precision, tiles=tiles, rounds=rounds)
-    show(record.as_dict(), record.text, as_json)
-    return 0
-
-
-@bench_app.command("ingest", epilog="Example: patchmill bench ingest --rounds 5 --json")
-def bench_ingest(
-    inputs: Inputs = None,
-    tiles: Annotated[int, typer.Option(min=2, help="tiles per side of the slides that are made without --input")] = 24,
-    rounds: Rounds = 5,
-    as_json: Json = False,
-) -> int:
-    """Tiles per second from files into batches, beside the usual loader and the bare codec."""
-    from patchmill.benchmarks.ingest import bench_ingest as measure
-
-    record = measure(inputs or (), tiles=tiles, rounds=rounds)
-    show(record.as_dict(), record.text, as_json)
-    return 0
-
-
-@bench_app.command("peers", epilog="Example: patchmill bench peers --rounds 3 --json")
-def bench_peers(
-    tiles: Annotated[int, typer.Option(min=2, help="tiles per side of the slide that is made")] = 24,
-    rounds: Rounds = 3,
-    as_json: Json = False,
-) -> int:
-    """Whole pipelines of LazySlide and slide2vec beside ours; installs them on first use (13 GB), then half an hour."""
-    from patchmill.benchmarks.peers import bench_peers as measure
-
-    record = measure(tiles=tiles, rounds=rounds)
-    show(record.as_dict(), record.text, as_json)
-    return 0
-
-
-@bench_app.command("memory", epilog="Example: patchmill bench memory --json")
-def bench_memory(inputs: Inputs = None, rounds: Rounds = 1, as_json: Json = False) -> int:
-    """Peak memory of embed against the size of the slide; several minutes."""
-    from patchmill.benchmarks.memory import bench_memory as measure
-
-    record = measure(inputs or (), rounds=rounds)
-    show(record.as_dict(), record.text, as_json)
     return 0

@@ -101,9 +101,8 @@ def encoders_text(cards: Iterable[EncoderCard]) -> str:
     lines = []
     for card in cards:
         outputs = ", ".join(f"{name} {width}" for name, width in card.outputs.items())
-        lines.append(
-            f"{card.name}: {card.title}; {card.pixels} px, {outputs}; {', '.join(card.precisions)}; {card.license}"
-        )
+        facts = [f"{card.pixels} px, {outputs}", card.tile, ", ".join(card.precisions), card.license]
+        lines.append(f"{card.name}: {card.title}; {'; '.join(fact for fact in facts if fact)}")
         lines.append(
             f"  weights: {card.weights} ({card.found})" if card.weights else f"  no weights here: {card.found}"
         )

@@ -1,7 +1,10 @@
 """A small author of ONNX graphs: nodes with unique names, weights kept beside the protobuf and not in it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ __all__ = ["Graph", "Model"]
 
 OPSET = 20  # the first with Gelu; TensorRT 10 and ONNX Runtime 1.17 know it
 IR_VERSION = 10  # what ONNX Runtime 1.18 and newer read
+ALIGNMENT = 4096  # bytes, so that a runtime may map each tensor
 INLINE = 1024  # bytes; smaller constants (shapes, indices) stay in the protobuf
 
 
@@ -24,6 +28,28 @@ class Model:
 
     proto: onnx.ModelProto
     arrays: Mapping[str, np.ndarray]
+
+    def save(self, path: Path) -> None:
+        """Write the graph, and its large tensors as external data in a second file beside it, `<name>.data`.
+
+        The tensors are written one after the other; what was at these paths before is replaced only when both files
+        are whole. Raises OSError.
+        """
+        data = path.with_name(f"{path.name}.data")
+        whole = onnx.ModelProto()
+        whole.CopyFrom(self.proto)
+        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            with (Path(folder) / "data").open("wb") as file:
+                for tensor in (tensor for tensor in whole.graph.initializer if tensor.name in self.arrays):
+                    file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
+                    place = {"location": data.name, "offset": file.tell(), "length": self.arrays[tensor.name].nbytes}
+                    self.arrays[tensor.name].tofile(file)
+                    del tensor.external_data[:]
+                    for key, value in place.items():
+                        tensor.external_data.add(key=key, value=str(value))
+            (Path(folder) / "graph").write_bytes(whole.SerializeToString())
+            os.replace(Path(folder) / "data", data)
+            os.replace(Path(folder) / "graph", path)
 
     def embedded(self) -> onnx.ModelProto:
         """The same graph in one piece, to be checked, or saved with `onnx.save_model`."""

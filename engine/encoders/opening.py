@@ -1,23 +1,28 @@
 """From settings to an encoder that is open: the spec, the graph, the session; with the gate, or without."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from patchmill.encoders import efficientnet, vit
-from patchmill.encoders.cards import Card, ViT, card, cards
+from patchmill.encoders import convnext, efficientnet, vit
+from patchmill.encoders.cards import Architecture, Card, ConvNeXt, EfficientNetLite, ViT, card, cards
 from patchmill.encoders.checkpoints import load
 from patchmill.encoders.gate import GateReport, judge, reference_of, refusal
 from patchmill.encoders.graph import Model
 from patchmill.encoders.layout import untrained
 from patchmill.encoders.precision import Precision, precisions
+from patchmill.encoders.remembered import gate_key, recall, remember
 from patchmill.encoders.session import CpuEncoder, release_freed_memory
+from patchmill.encoders.vit import Target
 from patchmill.encoders.weights import find, locate, sha256_of
 from patchmill.errors import EncoderError
 from patchmill.types import EncoderSpec, EncodeSettings, View
 
-__all__ = ["EncoderCard", "known", "open_encoder", "open_gated", "resolve"]
+__all__ = ["EncoderCard", "export", "known", "open_encoder", "open_gated", "resolve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +35,7 @@ class EncoderCard:
     pixels: int
     outputs: Mapping[str, int]
     precisions: tuple[str, ...]
+    tile: str  # what its authors embed, for people; empty where that is the input
     weights: str | None  # the file that would be used; None if there is none on this machine
     found: str  # by which rule it was found, or how to get it
 
@@ -48,9 +54,17 @@ def _described(card: Card) -> EncoderCard:
         pixels=card.pixels,
         outputs=card.outputs,
         precisions=precisions(card.architecture),
+        tile=_tile(card),
         weights=str(located.path) if located else None,
         found=located.where if located else card.weights.obtain,
     )
+
+
+def _tile(card: Card) -> str:
+    tile, mpp = card.expects.tile, card.expects.mpp
+    if tile is None:
+        return ""
+    return f"tiles of {tile} px" + (f" at {mpp:g} µm/px" if mpp is not None else "")
 
 
 def resolve(settings: EncodeSettings) -> EncoderSpec:
@@ -65,6 +79,10 @@ def resolve(settings: EncodeSettings) -> EncoderSpec:
     if pixels % arch.step or not arch.step <= pixels <= 4096:
         do = f"use a multiple of {arch.step} up to 4096; {chosen.name}'s own is {chosen.pixels}"
         raise EncoderError("--pixels", f"{chosen.name} cannot take {pixels} px", do)
+    if isinstance(arch, ViT) and arch.only not in (None, pixels):
+        raise EncoderError(
+            "--pixels", f"{chosen.name} cannot take {pixels} px", f"leave it at {arch.only}, its only size"
+        )
     offered = precisions(arch)
     if settings.precision == "auto":
         raise EncoderError(
@@ -75,13 +93,19 @@ def resolve(settings: EncodeSettings) -> EncoderSpec:
         raise EncoderError("--precision", wrong, f"use auto or {', '.join(offered)}")
     return EncoderSpec(
         name=chosen.name,
-        architecture={"family": arch.family, **asdict(arch)},
+        architecture=_facts(arch),
         weights=_identity(chosen, settings),
         view=View(pixels=pixels),
         precision=settings.precision,
         outputs=chosen.outputs,
         license=chosen.license,
     )
+
+
+def _facts(arch: Architecture) -> dict[str, Any]:
+    """What the graph is authored from. What is as usual is left out: a new switch changes no key that exists."""
+    usual = {fact.name: fact.default for fact in fields(arch)}
+    return {name: value for name, value in asdict(arch).items() if value != usual[name]}
 
 
 def _identity(chosen: Card, settings: EncodeSettings) -> str:
@@ -108,27 +132,45 @@ def open_encoder(settings: EncodeSettings) -> CpuEncoder:
     return encoder
 
 
-def open_gated(settings: EncodeSettings) -> tuple[CpuEncoder, GateReport]:
+def export(settings: EncodeSettings, path: Path) -> None:
+    """Write an encoder's graph at a concrete precision, for other runtimes: standard operators, external data.
+
+    int8 is written with an operator of ONNX Runtime. Raises EncoderError.
+    """
+    spec = resolve(settings)
+    model = _graph(spec, _weights(settings), plain=spec.precision != "int8")
+    try:
+        model.save(path)
+    except OSError as error:
+        raise EncoderError(str(path), f"cannot be written ({error.strerror})", "name another file") from error
+
+
+def open_gated(settings: EncodeSettings, *, afresh: bool = False) -> tuple[CpuEncoder, GateReport]:
     """Open an encoder that has passed the execution gate on this machine, and the gate's report.
 
     "auto" takes int8 where the encoder has it, its weights are trained and the gate lets it pass, else fp32; the
-    report's `why` says which and for what reason. Raises EncoderError if a precision does not pass.
+    report's `why` says which and for what reason. afresh: do not take the word of an earlier gate on this machine.
+    Raises EncoderError if a precision does not pass.
     """
-    encoder, report = _first_that_passes(settings, _precisions_to_try(settings))
+    encoder, report = _first_that_passes(settings, _precisions_to_try(settings), afresh)
     release_freed_memory()
     return encoder, report
 
 
 def _first_that_passes(
-    settings: EncodeSettings, plan: Sequence[tuple[Precision, str]]
+    settings: EncodeSettings, plan: Sequence[tuple[Precision, str]], afresh: bool
 ) -> tuple[CpuEncoder, GateReport]:
     fp32, weights = resolve(replace(settings, precision="fp32")), _weights(settings)
-    reference = reference_of(fp32, _graph(fp32, weights, reference=True), settings.threads)
+
+    @cache
+    def reference() -> Mapping[str, np.ndarray]:
+        return reference_of(fp32, _graph(fp32, weights, plain=True), settings.threads)
+
     refused = ""
     for precision, why in plan:
         spec = resolve(replace(settings, precision=precision))
         try:
-            encoder, report = _judged(spec, weights, reference, settings.threads, why + refused)
+            encoder, report = _judged(spec, weights, reference, settings.threads, why + refused, afresh)
         except EncoderError as error:  # the runtime will not have this graph, or fails over it
             if precision == plan[-1][0]:
                 raise
@@ -144,13 +186,23 @@ def _first_that_passes(
 def _judged(
     spec: EncoderSpec,
     weights: Mapping[str, np.ndarray],
-    reference: Mapping[str, np.ndarray],
+    reference: Callable[[], Mapping[str, np.ndarray]],
     threads: int | None,
     why: str,
+    afresh: bool,
 ) -> tuple[CpuEncoder, GateReport]:
-    encoder = CpuEncoder(spec, _graph(spec, weights), threads)
+    model = _graph(spec, weights)
+    encoder = CpuEncoder(spec, model, threads)
     try:
-        return encoder, judge(encoder, reference, why)
+        key = gate_key(spec, model, encoder.provenance)
+        del model  # the runtime has its own copy of the weights
+        known = None if afresh else recall(key)
+        if known is not None:
+            return encoder, replace(known, why=why)
+        report = judge(encoder, reference(), why)
+        if report.passed:
+            remember(key, report)
+        return encoder, report
     except EncoderError:
         encoder.close()
         raise
@@ -167,18 +219,21 @@ def _precisions_to_try(settings: EncodeSettings) -> list[tuple[Precision, str]]:
     return [("int8", "the fastest that passes the gate"), ("fp32", "the next that passes the gate")]
 
 
-def _weights(settings: EncodeSettings) -> dict[str, np.ndarray]:
+def _weights(settings: EncodeSettings) -> Mapping[str, np.ndarray]:
     chosen = card(settings.encoder)
     if settings.untrained is not None:
         return untrained(chosen.architecture, settings.untrained)
     return load(locate(chosen, settings.weights).path, chosen)
 
 
-def _graph(spec: EncoderSpec, weights: Mapping[str, np.ndarray], *, reference: bool = False) -> Model:
-    """The graph that runs, or the one that it is judged by: fp32 in standard operators."""
-    arch = card(spec.name).architecture
-    if isinstance(arch, ViT):
-        if reference:
-            return vit.build(arch, weights, spec.view.pixels, target="plain")
-        return vit.build(arch, weights, spec.view.pixels, precision=spec.precision)
-    return efficientnet.build(arch, weights, spec.view.pixels)
+def _graph(spec: EncoderSpec, weights: Mapping[str, np.ndarray], *, plain: bool = False) -> Model:
+    """The graph that runs, or the same in standard operators, by which it is judged."""
+    arch, pixels = card(spec.name).architecture, spec.view.pixels
+    match arch:
+        case ViT():
+            target: Target = "plain" if plain else "ort"
+            return vit.build(arch, weights, pixels, precision=spec.precision, target=target, outputs=list(spec.outputs))
+        case ConvNeXt():
+            return convnext.build(arch, weights, pixels, precision=spec.precision)
+        case EfficientNetLite():
+            return efficientnet.build(arch, weights, pixels)

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Int8
 
-from patchmill.encoders.cards import Architecture, ViT
+from patchmill.encoders.cards import Architecture, EfficientNetLite
 
 __all__ = ["Precision", "precisions", "quantised"]
 
@@ -17,7 +17,7 @@ LEVELS = 64
 
 def precisions(architecture: Architecture) -> tuple[Precision, ...]:
     """Precisions that an architecture's graph can be authored in."""
-    return ("fp32", "fp16", "int8") if isinstance(architecture, ViT) else ("fp32",)
+    return ("fp32",) if isinstance(architecture, EfficientNetLite) else ("fp32", "fp16", "int8")
 
 
 def quantised(

@@ -4,19 +4,21 @@ Both formats of torch.save: the zip archive (torch 1.6 and newer) and the older 
 torch/serialization.py and torch/_utils.py.
 """
 
+import errno
 import io
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ["RefusedError", "read_torch"]
+__all__ = ["RefusedError", "TorchFile"]
 
 STORAGES: Mapping[
     str, str
@@ -32,6 +34,7 @@ STORAGES: Mapping[
     "ByteStorage": "|u1",
     "BoolStorage": "|b1",
 }
+NESTED = ("teacher", "state_dict", "model", "params")  # where training code puts the state dict, in order of preference
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
@@ -70,20 +73,45 @@ class _StorageType:
     dtype: str
 
 
-def read_torch(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a state dict by name; bfloat16 is returned as float32, what is no tensor is left out.
+class TorchFile:
+    """The tensors of a state dict: described when it is opened, read when they are asked for.
 
     Raises RefusedError if the file is damaged, is no state dict, or names any class or function that is not needed to
     describe tensors. Raises OSError if it cannot be read.
     """
+
+    def __init__(self, path: Path) -> None:
+        with refusing():
+            if zipfile.is_zipfile(path):
+                described, self._storages = _zip(path)
+            else:
+                with path.open("rb") as file:
+                    described, self._storages = _legacy(file)
+            self._tensors = {name: _within(name, tensor) for name, tensor in _state_dict(described).items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.size for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, read-only; bfloat16 as float32."""
+        tensor = self._tensors[name]
+        with refusing():
+            flat = self._storages(tensor.storage)[tensor.offset :]
+            strides = [step * flat.itemsize for step in tensor.stride]
+            return np.lib.stride_tricks.as_strided(flat, tensor.size, strides, writeable=False)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Whatever a damaged or hostile file raises, as RefusedError."""
     try:
-        with path.open("rb") as file:
-            described, storages = _zip(file) if zipfile.is_zipfile(file) else _legacy(file)
-            return _arrays(described, storages)
+        yield
     except RefusedError:
         raise
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, struct.error) as error:
         raise RefusedError(f"is damaged or no .pth file ({type(error).__name__})") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place outside the file, which its directory names
+            raise
+        raise RefusedError("is damaged or no .pth file (OSError)") from error
     # A hostile pickle can make the unpickler raise nearly anything.
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         raise RefusedError(f"is damaged or no .pth file ({type(error).__name__})") from error
@@ -124,9 +152,9 @@ def _rebuild_tensor(storage: object, offset: object, size: object, stride: objec
 Storages = Callable[[_Storage], np.ndarray]
 
 
-def _zip(file: BinaryIO) -> tuple[object, Storages]:
+def _zip(path: Path) -> tuple[object, Storages]:
     """The format of torch 1.6: one folder with `data.pkl` and a member per storage; the zip's CRCs are checked."""
-    archive = zipfile.ZipFile(file)
+    archive = zipfile.ZipFile(path)
     pickles = [name for name in archive.namelist() if name.endswith("data.pkl") and name.count("/") <= 1]
     if len(pickles) != 1:
         raise RefusedError("is a zip archive without weights")
@@ -177,23 +205,23 @@ def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
     return np.frombuffer(data, storage.dtype)
 
 
-def _arrays(described: object, storages: Storages) -> dict[str, np.ndarray]:
-    """Cut every described tensor out of its storage, after checking that it lies inside."""
+def _state_dict(described: object) -> dict[str, _Tensor]:
+    """The tensors by name; of a training checkpoint those of the model, what is no tensor left out."""
     if not isinstance(described, dict):
         raise RefusedError("is no dictionary of tensors")
-    blocks: dict[_Storage, np.ndarray] = {}
-    arrays: dict[str, np.ndarray] = {}
-    for name, tensor in described.items():
-        if not isinstance(name, str):
-            raise RefusedError("is no dictionary of tensors")
-        if not isinstance(tensor, _Tensor):
-            continue
-        last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.size, tensor.stride, strict=True))
-        if 0 not in tensor.size and last >= tensor.storage.count:
-            raise RefusedError(f"describes {name} beyond the end of its numbers")
-        if tensor.storage not in blocks:
-            blocks[tensor.storage] = storages(tensor.storage)
-        flat = blocks[tensor.storage][tensor.offset :]
-        strides = [step * flat.itemsize for step in tensor.stride]
-        arrays[name] = np.lib.stride_tricks.as_strided(flat, tensor.size, strides, writeable=False)
-    return arrays
+    state: dict[object, object] = described
+    if not any(isinstance(value, _Tensor) for value in state.values()):
+        nested = [inner for name in NESTED if isinstance(inner := state.get(name), dict)]
+        state = nested[0] if nested else state
+    found = {name: tensor for name, tensor in state.items() if isinstance(tensor, _Tensor)}
+    if not all(isinstance(name, str) for name in found):
+        raise RefusedError("is no dictionary of tensors")
+    return {str(name): tensor for name, tensor in found.items()}
+
+
+def _within(name: str, tensor: _Tensor) -> _Tensor:
+    """The tensor, which must lie inside its storage."""
+    last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.size, tensor.stride, strict=True))
+    if 0 not in tensor.size and last >= tensor.storage.count:
+        raise RefusedError(f"describes {name} beyond the end of its numbers")
+    return tensor

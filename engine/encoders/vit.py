@@ -1,6 +1,7 @@
-"""The DINOv3 ViT as an ONNX graph, authored from its weights. T is tokens, n patches, g patches per side, D width.
+"""Vision transformers as ONNX graphs, authored from their weights. T is tokens, n patches, g patches per side, D width.
 
-Source: facebookresearch/dinov3, models/vision_transformer.py and layers/; transformers, models/dinov3_vit.
+Sources: facebookresearch/dinov3 and dinov2, models/vision_transformer.py and layers/; transformers, models/dinov3_vit
+and dinov2; timm, models/vision_transformer.py; mahmoodlab/CONCH, conch/open_clip_custom/transformer.py (the pooler).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,13 @@ from jaxtyping import Float32, Float64
 
 from patchmill.encoders.cards import ViT
 from patchmill.encoders.graph import Graph, Model
-from patchmill.encoders.precision import Precision, quantised
+from patchmill.encoders.layers import CONTRIB, inner, linear, norm, patches
+from patchmill.encoders.positions import angles, table_rows
+from patchmill.encoders.precision import Precision
 
 __all__ = ["Target", "build"]
 
 Target = Literal["ort", "plain"]  # contrib operators of ONNX Runtime, or standard ones for all other runtimes
-CONTRIB = "com.microsoft"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,8 +39,8 @@ class _Author:
 
     @property
     def inner(self) -> type[np.generic]:
-        """dtype inside attention and MLP; the residual stream and every LayerNorm stay in fp32."""
-        return np.float16 if self.half else np.float32
+        """dtype inside attention and MLP."""
+        return inner(self.precision)
 
     @property
     def prefix(self) -> int:
@@ -59,15 +61,16 @@ def build(
     target: Target = "ort",
     outputs: Sequence[str] = ("cls", "mean"),
 ) -> Model:
-    """The graph for one resolution: uint8 [B, pixels, pixels, 3] to fp32 cls [B, D], mean [B, D], token [B, g, g, D].
+    """The graph for one resolution: uint8 [B, pixels, pixels, 3] to fp32 outputs, all of them after the final norm.
 
-    weights: the canonical layout (layout.py). pixels: a multiple of the patch. `mean` is over the patch tokens,
-    registers excluded; all outputs follow the final norm. int8 exists for target "ort" only.
+    cls [B, D]; mean [B, D], over the patch tokens, registers excluded; cls-mean [B, 2 D], one after the other;
+    token [B, g, g, D]; projected [B, head_width], of CLS by a linear head; pooled [B, head_width], by CONCH's pooler.
+    weights: the canonical layout (layout.py). pixels: a multiple of the patch. int8 exists for target "ort" only.
     """
     if precision == "int8" and target != "ort":
         raise ValueError("int8 is written with an operator of ONNX Runtime")
-    author = _Author(Graph("dinov3-vit"), arch, weights, pixels // arch.patch, precision, target)
-    x = _embed(author, "pixels")  # [B, T, D]
+    author = _Author(Graph(arch.family), arch, weights, pixels // arch.patch, precision, target)
+    x = _embed(author)  # [B, T, D]
     for block in range(arch.depth):
         x = _attention(author, x, f"blocks.{block}")
         x = _mlp(author, x, f"blocks.{block}")
@@ -75,41 +78,35 @@ def build(
     return author.graph.finish({"pixels": ["B", pixels, pixels, 3]}, shapes)
 
 
-def _embed(author: _Author, pixels: str) -> str:
-    """Patches to tokens, with the normalisation of pixels folded in; always fp32, where 0..255 is exact."""
-    g, n, p = author.graph, author.grid, author.arch.patch
-    x = g.op("Reshape", pixels, g.ints("patch.split", 0, n, p, n, p, 3), name="patch.rows")  # [B, g, p, g, p, 3]
-    x = g.op("Transpose", x, name="patch.columns", perm=[0, 1, 3, 2, 4, 5])  # [B, g, g, p, p, 3]
-    x = g.op("Reshape", x, g.ints("patch.flat", 0, n * n, p * p * 3), name="patch.vectors")  # [B, n, p p 3]
-    weight, bias = _normalising(author)
-    x = g.op("MatMul", g.cast(x, np.float32), g.constant("patch.weight", weight), name="patch.matmul")  # [B, n, D]
-    # Zero rows in front, then one addition: CLS and registers to those rows, the bias to all others.
+def _embed(author: _Author) -> str:
+    """Patches to tokens, with positions from a table where there is one."""
+    g, arch, n = author.graph, author.arch, author.grid
+    x, bias = patches(g, author.weights, "patch", n * arch.patch, (arch.mean, arch.std))  # [B, n, D]
+    # Zero rows in front, then one addition: CLS and registers to those rows, the bias to all others; and positions.
     x = g.op("Pad", x, g.ints("patch.pads", 0, author.prefix, 0, 0, 0, 0), name="patch.pad")  # [B, T, D]
-    prefix = np.concatenate([author.weights["cls"][None], author.weights["registers"]])
-    rows = np.concatenate([prefix, np.broadcast_to(bias, (n * n, author.arch.width))]).astype(np.float32)
-    return g.op("Add", x, g.constant("patch.tokens", rows), name="tokens")  # [B, T, D]
-
-
-def _normalising(author: _Author) -> tuple[Float32[np.ndarray, "k d"], Float64[np.ndarray, " d"]]:
-    """Weight and bias that take raw pixels: W ((x / 255 - mean) / std) + b, for rows in the order y, x, channel."""
-    mean, std = np.array(author.arch.mean), np.array(author.arch.std)
-    weight = author.weights["patch.weight"].astype(np.float64) / std[:, None, None]  # [D, 3, p, p]
-    bias = author.weights["patch.bias"] - np.einsum("dcyx,c->d", weight, mean)
-    return (weight / 255).transpose(2, 3, 1, 0).reshape(-1, author.arch.width).astype(np.float32), bias
+    rows = np.concatenate([author.weights["cls"][None].astype(np.float64), np.zeros((author.prefix - 1, len(bias)))])
+    if arch.registers:
+        rows[1:] = author.weights["registers"]
+    rows = np.concatenate([rows, np.broadcast_to(bias, (n * n, len(bias)))])
+    if arch.table is not None:
+        rows += table_rows(arch, author.weights["positions"], n)
+    return g.op("Add", x, g.constant("patch.tokens", rows.astype(np.float32)), name="tokens")  # [B, T, D]
 
 
 def _attention(author: _Author, x: str, block: str) -> str:
-    """x + scale * proj(attend(rope(q), rope(k), v))."""
+    """x + scale * proj(attend(rope(q), rope(k), v)); without rope where positions come from a table."""
     g, weights = author.graph, author.weights
     y = _norm(author, x, f"{block}.norm1")
-    weight, bias = weights[f"{block}.qkv.weight"].copy(), weights[f"{block}.qkv.bias"].copy()
     width = author.arch.width
-    weight[:width] *= (width // author.arch.heads) ** -0.5  # the scale of attention, folded into q
-    bias[:width] *= (width // author.arch.heads) ** -0.5
+    shrunk = np.ones(3 * width, np.float32)
+    shrunk[:width] = (width // author.arch.heads) ** -0.5  # the scale of attention, folded into q
+    weight = weights[f"{block}.qkv.weight"] * shrunk[:, None]
+    bias = weights[f"{block}.qkv.bias"] * shrunk if author.arch.bias != "none" else None
     qkv = _linear(author, y, weight, bias, f"{block}.qkv")  # [B, T, 3 D]
     q, k, v = g.split(qkv, [f"{block}.q", f"{block}.k", f"{block}.v"], axis=2)  # [B, T, D] each
     if author.target == "ort":
-        q, k = _rope_contrib(author, q), _rope_contrib(author, k)
+        if author.arch.rope_base is not None:
+            q, k = _rope_contrib(author, q), _rope_contrib(author, k)
         heads = author.arch.heads
         y = g.op("MultiHeadAttention", q, k, v, name=f"{block}.mha", domain=CONTRIB, num_heads=heads, scale=1.0)
     else:
@@ -123,7 +120,8 @@ def _attend_plain(author: _Author, q: str, k: str, v: str, block: str) -> str:
     by_head = g.ints("heads.split", 0, author.tokens, author.arch.heads, head)
     parts = [g.op("Reshape", part, by_head, name=f"{part}.heads") for part in (q, k, v)]  # [B, T, h, d]
     q, k, v = (g.op("Transpose", part, name=f"{part}.first", perm=[0, 2, 1, 3]) for part in parts)  # [B, h, T, d]
-    q, k = _rope_plain(author, q), _rope_plain(author, k)
+    if author.arch.rope_base is not None:
+        q, k = _rope_plain(author, q), _rope_plain(author, k)
     k = g.op("Transpose", k, name=f"{k}.turned", perm=[0, 1, 3, 2])  # [B, h, d, T]
     scores = g.op("MatMul", q, k, name=f"{block}.scores")  # [B, h, T, T]
     if author.half:
@@ -137,27 +135,37 @@ def _attend_plain(author: _Author, q: str, k: str, v: str, block: str) -> str:
 
 
 def _mlp(author: _Author, x: str, block: str) -> str:
-    """x + scale * fc2(gelu(fc1(norm(x))))."""
+    """x + scale * fc2(act(fc1(norm(x)))), act: GELU, or the first half's SiLU times the second half (SwiGLU)."""
+    g = author.graph
     y = _norm(author, x, f"{block}.norm2")
     weight, bias = author.weights[f"{block}.fc1.weight"], author.weights[f"{block}.fc1.bias"]
-    y = _linear(author, y, weight, bias, f"{block}.fc1")  # [B, T, hidden]
-    y = author.graph.op("Gelu", y, name=f"{block}.gelu")
+    y = _linear(author, y, weight, bias, f"{block}.fc1")  # [B, T, hidden], twice that for SwiGLU
+    if author.arch.mlp == "gelu":
+        y = g.op("Gelu", y, name=f"{block}.gelu")
+    else:
+        gate, up = g.split(y, [f"{block}.gate", f"{block}.up"], axis=2)
+        silu = g.op("Mul", gate, g.op("Sigmoid", gate, name=f"{block}.sigmoid"), name=f"{block}.silu")
+        y = g.op("Mul", silu, up, name=f"{block}.gated")
     return _residual(author, x, y, f"{block}.fc2", f"{block}.scale2")
 
 
 def _residual(author: _Author, x: str, y: str, linear: str, scale: str) -> str:
-    """x + scale * linear(y). [B, T, D]
+    """x + scale * linear(y), or x + linear(y) where there is no layer scale. [B, T, D]
 
     The layer scale is folded into the weights; but in fp16, where a small scale would push them below the
     normal range, it is applied in fp32.
     """
-    g, gamma = author.graph, author.weights[scale]
+    g = author.graph
+    gamma = author.weights[scale] if author.arch.layer_scale else None
     weight, bias = author.weights[f"{linear}.weight"], author.weights[f"{linear}.bias"]
     if author.half:
         y = g.cast(_linear(author, y, weight, bias, linear, narrow=False), np.float32)
-        y = g.op("Mul", y, g.constant(scale, gamma), name=f"{linear}.scaled")
-    else:
+        if gamma is not None:
+            y = g.op("Mul", y, g.constant(scale, gamma), name=f"{linear}.scaled")
+    elif gamma is not None:
         y = _linear(author, y, weight * gamma[:, None], bias * gamma, linear)
+    else:
+        y = _linear(author, y, weight, bias, linear)
     return g.op("Add", x, y, name=f"{linear}.residual")
 
 
@@ -165,43 +173,21 @@ def _linear(
     author: _Author,
     x: str,
     weight: Float32[np.ndarray, "out in"],
-    bias: Float32[np.ndarray, " out"],
+    bias: Float32[np.ndarray, " out"] | None,
     name: str,
     narrow: bool = True,
 ) -> str:
-    """y = x W^T + b in the author's precision. narrow: whether x is still fp32 and has to be cast for fp16."""
-    g = author.graph
-    if author.precision == "int8":
-        values, scale = quantised(weight.T)
-        matrices = (g.constant(f"{name}.weight", values), g.constant(f"{name}.scale", scale))
-        # The empty name stands for the weights' zero point: none, they are symmetric.
-        inputs = (x, *matrices, "", g.constant(f"{name}.bias", bias))
-        return g.op("DynamicQuantizeMatMul", *inputs, name=name, domain=CONTRIB)
-    if author.half and narrow:
-        x = g.cast(x, np.float16)
-    y = g.op("MatMul", x, g.constant(f"{name}.weight", weight.T.astype(author.inner)), name=f"{name}.matmul")
-    return g.op("Add", y, g.constant(f"{name}.bias", bias.astype(author.inner)), name=name)
+    return linear(author.graph, x, weight, bias, name, author.precision, narrow)
 
 
 def _norm(author: _Author, x: str, name: str) -> str:
-    """LayerNorm over the width, in fp32. [B, T, D]"""
-    g = author.graph
-    weight = g.constant(f"{name}.weight", author.weights[f"{name}.weight"])
-    bias = g.constant(f"{name}.bias", author.weights[f"{name}.bias"])
-    return g.op("LayerNormalization", x, weight, bias, name=name, axis=-1, epsilon=author.arch.eps)
+    return norm(author.graph, author.weights, x, name, author.arch.eps)
 
 
 def _angles(author: _Author) -> Float64[np.ndarray, "t a"]:
-    """Angles of rotation [T, head / 2], those of y before those of x; zero for CLS and registers, which stay put.
-
-    A patch's centre lies at -1..1 on each axis; the frequencies are 2 pi / base^(4 i / head).
-    """
-    head = author.arch.width // author.arch.heads
-    centre = (np.arange(author.grid) + 0.5) / author.grid * 2 - 1
-    frequency = 2 * np.pi / author.arch.rope_base ** (np.arange(head // 4) * 4 / head)
-    y, x = np.meshgrid(centre, centre, indexing="ij")
-    angles = np.stack([y.ravel(), x.ravel()], axis=1)[:, :, None] * frequency  # [n, 2, head / 4]
-    return np.concatenate([np.zeros((author.prefix, head // 2)), angles.reshape(-1, head // 2)])
+    """Angles of rotation [T, head / 2]; zero for CLS and registers, which stay put."""
+    found = angles(author.arch, author.grid)
+    return np.concatenate([np.zeros((author.prefix, found.shape[1])), found])
 
 
 def _rope_contrib(author: _Author, x: str) -> str:
@@ -224,20 +210,68 @@ def _rope_plain(author: _Author, x: str) -> str:
 
 def _outputs(author: _Author, x: str, names: Sequence[str]) -> dict[str, list[int | str]]:
     """Name the outputs that are asked for, and return their shapes. x: the normed tokens [B, T, D], fp32."""
-    g, width, n = author.graph, author.arch.width, author.grid
+    g, width, n, head = author.graph, author.arch.width, author.grid, author.arch.head
     bounds = (g.ints("patches.start", author.prefix), g.ints("patches.stop", author.tokens), g.ints("axis.tokens", 1))
     patches = g.op("Slice", x, *bounds, name="patches")  # [B, n, D]
+
+    def cls(name: str) -> str:
+        return g.op("Gather", x, g.constant("cls.index", np.array(0, np.int64)), name=name, axis=1)
+
+    def mean(name: str) -> str:
+        return g.op("ReduceMean", patches, g.ints("axis.tokens", 1), name=name, keepdims=0)
+
     shapes: dict[str, list[int | str]] = {}
     for name in names:
         if name == "cls":
-            g.op("Gather", x, g.constant("cls.index", np.array(0, np.int64)), name=name, axis=1)
+            cls(name)
             shapes[name] = ["B", width]
         elif name == "mean":
-            g.op("ReduceMean", patches, g.ints("axis.tokens", 1), name=name, keepdims=0)
+            mean(name)
             shapes[name] = ["B", width]
+        elif name == "cls-mean":
+            g.op("Concat", cls("first.cls"), mean("second.mean"), name=name, axis=1)
+            shapes[name] = ["B", 2 * width]
         elif name == "token":
             g.op("Reshape", patches, g.ints("token.shape", 0, n, n, width), name=name)
             shapes[name] = ["B", n, n, width]
+        elif name == "projected" and head == "linear":
+            weight = g.constant("head.weight", author.weights["head.weight"].T)
+            g.op("MatMul", cls("projected.cls"), weight, name=name)
+            shapes[name] = ["B", author.arch.head_width]
+        elif name == "pooled" and head == "attention":
+            _pool(author, x, name)
+            shapes[name] = ["B", author.arch.head_width]
         else:
-            raise ValueError(f"a ViT has no output called {name}")
+            raise ValueError(f"this ViT has no output called {name}")
     return shapes
+
+
+def _pool(author: _Author, x: str, name: str) -> None:
+    """One learned query attends to all tokens; a projection and a norm follow. [B, head_width], fp32
+
+    The query does not depend on the picture, so its norm and projection are done here.
+    """
+    g, arch, weights = author.graph, author.arch, author.weights
+    out, heads, eps = arch.head_width, arch.head_heads, arch.head_eps
+    query = weights["head.query"].astype(np.float64)
+    query = (query - query.mean()) / np.sqrt(query.var() + eps)
+    query = query * weights["head.query_norm.weight"] + weights["head.query_norm.bias"]
+    q_bias, k_bias, v_bias = np.split(weights["head.qkv.bias"], 3)
+    query = (weights["head.q.weight"] @ query + q_bias) * (out // heads) ** -0.5
+    y = norm(g, weights, x, "head.key_norm", eps)  # [B, T, D]
+    by_head = g.ints("head.split", 0, author.tokens, heads, out // heads)
+    parts = []
+    for letter, bias, order in (("k", k_bias, [0, 2, 3, 1]), ("v", v_bias, [0, 2, 1, 3])):
+        part = g.op(
+            "MatMul", y, g.constant(f"head.{letter}", weights[f"head.{letter}.weight"].T), name=f"head.{letter}.matmul"
+        )
+        part = g.op("Add", part, g.constant(f"head.{letter}.bias", bias), name=f"head.{letter}.biased")
+        part = g.op("Reshape", part, by_head, name=f"head.{letter}.heads")  # [B, T, h, d]
+        parts.append(g.op("Transpose", part, name=f"head.{letter}.first", perm=order))
+    k, v = parts  # [B, h, d, T], [B, h, T, d]
+    q = g.constant("head.q", query.reshape(heads, 1, out // heads).astype(np.float32))
+    share = g.op("Softmax", g.op("MatMul", q, k, name="head.scores"), name="head.softmax", axis=-1)  # [B, h, 1, T]
+    y = g.op("Reshape", g.op("MatMul", share, v, name="head.attended"), g.ints("head.join", 0, out), name="head.joined")
+    y = g.op("MatMul", y, g.constant("head.proj", weights["head.proj.weight"].T), name="head.proj.matmul")
+    y = g.op("Add", y, g.constant("head.proj.bias", weights["head.proj.bias"]), name="head.proj.biased")
+    norm(g, weights, y, "head.out_norm", eps, output=name)

@@ -8,10 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from patchmill.encoders.cards import Card, WeightsSource
+from patchmill.encoders.tensorfile import INDEX, shards_of
+from patchmill.encoders.torchfile import RefusedError
 from patchmill.errors import EncoderError
 
 __all__ = ["Located", "find", "locate", "sha256_of"]
 
+# In order of preference: files that cannot hold code first.
+CACHED = ("model.safetensors", f"model{INDEX}", "pytorch_model.bin", "open_clip_pytorch_model.bin", "model.pth")
 ALTERNATIVE = "efficientnet-lite0"  # its weights are free and can be installed
 
 
@@ -40,23 +44,32 @@ def locate(card: Card, given: str | None) -> Located:
 
 
 def find(card: Card) -> Located | None:
-    """First of: PATCHMILL_WEIGHTS/<name>.safetensors, <name>.pth, Meta's name; Hugging Face's cache; the package."""
+    """First of: PATCHMILL_WEIGHTS/<name>.*, or the authors' own name; Hugging Face's cache; the package."""
     source = card.weights
     folder = os.environ.get("PATCHMILL_WEIGHTS")
     if folder:
-        patterns = [f"{card.name}.safetensors", f"{card.name}.pth", *([source.meta] if source.meta else [])]
+        patterns = [f"{card.name}{suffix}" for suffix in (".safetensors", INDEX, ".pth", ".bin")]
+        patterns += [source.published] if source.published else []
         for path in (path for pattern in patterns for path in sorted(Path(folder).glob(pattern))):
             return Located(path, "PATCHMILL_WEIGHTS")
     if source.repository:
-        path = _cached(source.repository)
-        if path.is_file():
-            return Located(path, "Hugging Face cache")
+        for path in _cached(source.repository):
+            if _whole(path):
+                return Located(path, "Hugging Face cache")
     if source.package and source.file:
         spec = importlib.util.find_spec(source.package)  # locates the package without importing it
         for root in (spec and spec.submodule_search_locations) or []:
             if (Path(root) / source.file).is_file():
                 return Located(Path(root) / source.file, source.package)
     return None
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file is there; of an index, whether all parts are."""
+    try:
+        return path.is_file() and (not path.name.endswith(INDEX) or all(part.is_file() for part in shards_of(path)))
+    except (RefusedError, OSError):
+        return False
 
 
 def _searched(source: WeightsSource) -> str:
@@ -77,19 +90,27 @@ def _cache_folder() -> Path:
     return Path(os.path.expandvars(folder)).expanduser()
 
 
-def _cached(repository: str) -> Path:
-    """The safetensors file of a repository's main revision, whether it is there or not."""
+def _cached(repository: str) -> list[Path]:
+    """Weights of a repository's main revision by the names that they have there, whether they are there or not."""
     folder = _cache_folder() / f"models--{repository.replace('/', '--')}"
     reference = folder / "refs" / "main"
     revision = reference.read_text().strip() if reference.is_file() else "main"
-    return folder / "snapshots" / revision / "model.safetensors"
+    return [folder / "snapshots" / revision / name for name in CACHED]
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hex; remembered as long as path, size and modification time stay."""
+    """sha256 of a file's bytes, in hex; remembered as long as path, size and modification time stay.
+
+    Of an index: of the lines "sha256 name" of the files that it names, in the order of their names.
+    """
     try:
+        if path.name.endswith(INDEX):
+            lines = "".join(f"{sha256_of(part)} {part.name}\n" for part in shards_of(path))
+            return hashlib.sha256(lines.encode()).hexdigest()
         status = path.stat()
         return _sha256(path, status.st_size, status.st_mtime_ns)
+    except RefusedError as error:
+        raise EncoderError(str(path), str(error), "get the weights again") from error
     except OSError as error:
         raise EncoderError(
             str(path), f"cannot be read ({error.strerror})", "check the path and its permissions"

@@ -85,7 +85,7 @@ def test_every_verb_takes_json(verb):
         ("embed a.tif --archive A --workers -1", "--workers: -1 processes cannot be started; use 0 or more"),
         ("embed a.tif --archive A --batch 0", "--batch: 0 tiles are no batch; use 1 or more"),
         ("embed a.tif --archive A --threads 0", "--threads: 0 cores"),
-        ("embed a.tif --archive A --encoder resnet", "'resnet'; use one of dinov3-vitb16, "),
+        ("embed a.tif --archive A --encoder resnet", "'resnet'; use one of biomedclip, "),
         ("embed a.tif --archive no/such/folder/A", "the folder it is to lie in does not exist; make that folder"),
         ("embed nothing-here --archive A", "nothing-here: there is no such file or folder; check the path"),
         ("embed *.svs --archive A", "*.svs: nothing matches; check the pattern and quote it"),
@@ -95,7 +95,7 @@ def test_every_verb_takes_json(verb):
         ("query A --image a.png --source a.tif --at 1,1", "query: one thing to search for is needed"),
         ("query A --source a.tif", "query: one thing to search for is needed"),
         ("query A --source a.tif --at 5", "--at: '5' is no place; write X,Y in level-0 pixels"),
-        ("encoders --check resnet", "no encoder is called 'resnet'; use one of dinov3-vitb16, "),
+        ("encoders --check resnet", "no encoder is called 'resnet'; use one of biomedclip, "),
         ("demo taken", "taken: this folder cannot be made (FileExistsError); name another one"),
     ],
 )

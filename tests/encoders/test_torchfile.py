@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchmill.encoders.torchfile import RefusedError, read_torch
+from patchmill.encoders.torchfile import RefusedError, TorchFile
 
 ZIP, LEGACY = True, False
 both = pytest.mark.parametrize("new", [ZIP, LEGACY])
@@ -27,7 +27,10 @@ def saved(value: object, new: bool) -> bytes:
 
 def read(data: bytes, folder) -> dict[str, np.ndarray]:
     (folder / "w.pth").write_bytes(data)
-    return read_torch(folder / "w.pth")
+    file = TorchFile(folder / "w.pth")
+    found = {name: file.read(name) for name in file.shapes}
+    assert {name: tensor.shape for name, tensor in found.items()} == file.shapes
+    return found
 
 
 @both

@@ -89,7 +89,7 @@ def test_the_folder_comes_before_the_package(folder):
         "dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
         "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth",
         "model.safetensors",
-        "dinov3-vits16.bin",
+        "pytorch_model.bin",
     ],
 )
 def test_weights_of_another_model_are_not_taken_for_these(folder, name):
@@ -121,6 +121,28 @@ def test_the_cache_is_read_as_huggingface_hub_reads_it(hub):
     assert Path(theirs) == new == find(VITS).path
     (hub / "models--facebook--dinov3-vits16-pretrain-lvd1689m" / "refs" / "main").write_text("0" * 40 + "\n")
     assert find(VITS).path == old
+
+
+def test_weights_in_parts_are_whole_only_with_every_part(hub):
+    file = cache(hub)
+    index = file.with_name("model.safetensors.index.json")
+    file.rename(file.with_name("model-00001-of-00002.safetensors"))
+    parts = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": parts}))
+    assert find(VITS) is None
+    file.with_name(parts["b"]).write_bytes(b"more")
+    assert find(VITS) == Located(index, "Hugging Face cache")
+    contents = zip((b"weights", b"more"), parts.values(), strict=True)
+    lines = [f"{hashlib.sha256(data).hexdigest()} {name}\n" for data, name in contents]
+    assert sha256_of(index) == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a.pth", "", 5])
+def test_an_index_names_files_beside_it_alone(name, hub):
+    index = cache(hub).with_name("model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(EncoderError, match="no safetensors file beside it"):
+        sha256_of(index)
 
 
 @pytest.mark.parametrize("damage", ["another branch", "no file", "no blob", "another repository"])

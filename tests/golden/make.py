@@ -13,16 +13,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from efficientnet_lite_pytorch import EfficientNet
-from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from torch.nn.functional import interpolate
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+)
 
-from patchmill.encoders.cards import ViT, card
+from patchmill.encoders.cards import ConvNeXt, ViT, card
 from patchmill.encoders.layout import untrained
 
 HERE = Path(__file__).parent
 SEED = 20
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # dinov3's own constants, written out a second time on purpose
+SATELLITE = (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
 TENSORFLOW = (127 / 255,) * 3, (128 / 255,) * 3  # efficientnet_lite_builder.py: MEAN_RGB 127, STDDEV_RGB 128
 ENCODERS = ("dinov3-vits16", "dinov3-vitb16", "dinov3-vitl16", "efficientnet-lite0")
+
+
+Constants = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def picture(pixels: int, number: int = 0) -> np.ndarray:
@@ -37,64 +51,145 @@ def pictures(pixels: int, count: int) -> np.ndarray:
     return np.stack([picture(pixels, number) for number in range(count)])
 
 
-def normalised(tiles: np.ndarray, constants: tuple[tuple[float, ...], tuple[float, ...]]) -> torch.Tensor:
+def normalised(tiles: np.ndarray, constants: Constants) -> torch.Tensor:
     """What a data loader would hand to the reference model: float32 [b, 3, h, w]."""
     mean, std = (torch.tensor(values)[:, None, None] for values in constants)
     return (torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def hugging_face(arch: ViT, weights: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """The canonical layout as transformers' state dict (5.x: `model.layer.N`)."""
+    """The canonical layout as transformers' state dict (5.x): of DINOv3, or of DINOv2 where there is a table."""
+    table = arch.table is not None
+    projection, layer = (".projection", "encoder.layer") if table else ("", "model.layer")
     state = {
         "embeddings.cls_token": weights["cls"][None, None],
-        "embeddings.mask_token": np.zeros((1, 1, arch.width), np.float32),
-        "embeddings.register_tokens": weights["registers"][None],
-        "embeddings.patch_embeddings.weight": weights["patch.weight"],
-        "embeddings.patch_embeddings.bias": weights["patch.bias"],
-        "norm.weight": weights["norm.weight"],
-        "norm.bias": weights["norm.bias"],
+        "embeddings.mask_token": np.zeros((1, arch.width) if table else (1, 1, arch.width), np.float32),
+        f"embeddings.patch_embeddings{projection}.weight": weights["patch.weight"],
+        f"embeddings.patch_embeddings{projection}.bias": weights["patch.bias"],
+        f"{'layernorm' if table else 'norm'}.weight": weights["norm.weight"],
+        f"{'layernorm' if table else 'norm'}.bias": weights["norm.bias"],
     }
+    if table:
+        state["embeddings.position_embeddings"] = weights["positions"][None]
+    if arch.registers:
+        state["embeddings.register_tokens"] = weights["registers"][None]
     for n in range(arch.depth):
-        ours, theirs, rows = f"blocks.{n}.", f"model.layer.{n}.", arch.width
+        ours, theirs, rows = f"blocks.{n}.", f"{layer}.{n}.", arch.width
         for index, letter in enumerate("qkv"):
             part = slice(index * rows, (index + 1) * rows)
             state[f"{theirs}attention.{letter}_proj.weight"] = weights[f"{ours}qkv.weight"][part]
-            if letter != "k":
+            if arch.bias == "all" or (arch.bias == "queries and values" and letter != "k"):
                 state[f"{theirs}attention.{letter}_proj.bias"] = weights[f"{ours}qkv.bias"][part]
-        names = {
-            "norm1": "norm1",
-            "norm2": "norm2",
-            "attention.o_proj": "proj",
-            "mlp.up_proj": "fc1",
-            "mlp.down_proj": "fc2",
-        }
-        for name, our in names.items():
-            state[f"{theirs}{name}.weight"] = weights[f"{ours}{our}.weight"]
-            state[f"{theirs}{name}.bias"] = weights[f"{ours}{our}.bias"]
+        names = {"norm1": "norm1", "norm2": "norm2", "attention.o_proj": "proj"}
+        if arch.mlp == "swiglu":
+            names["mlp.down_proj"] = "fc2"
+        else:
+            names |= {"mlp.fc1": "fc1", "mlp.fc2": "fc2"} if table else {"mlp.up_proj": "fc1", "mlp.down_proj": "fc2"}
+        for part in ("weight", "bias"):
+            for name, our in names.items():
+                state[f"{theirs}{name}.{part}"] = weights[f"{ours}{our}.{part}"]
+            if arch.mlp == "swiglu":
+                gate, up = np.split(weights[f"{ours}fc1.{part}"], 2)
+                state |= {f"{theirs}mlp.gate_proj.{part}": gate, f"{theirs}mlp.up_proj.{part}": up}
         for number in (1, 2):
             state[f"{theirs}layer_scale{number}.lambda1"] = weights[f"{ours}scale{number}"]
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
+    return {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
 
 
-def vit(arch: ViT, weights: Mapping[str, np.ndarray]) -> DINOv3ViTModel:
-    """transformers' model with the given weights, in fp32."""
+def vit_of(arch: ViT) -> DINOv3ViTModel:
+    """transformers' DINOv3 of an architecture."""
     config = DINOv3ViTConfig(
         hidden_size=arch.width,
         num_hidden_layers=arch.depth,
         num_attention_heads=arch.heads,
         intermediate_size=arch.hidden,
         num_register_tokens=arch.registers,
+        use_gated_mlp=arch.mlp == "swiglu",
+        hidden_act="silu" if arch.mlp == "swiglu" else "gelu",
+        query_bias=arch.bias != "none",
+        value_bias=arch.bias != "none",
         layer_norm_eps=1e-5,
     )
-    model = DINOv3ViTModel(config).eval()
+    return DINOv3ViTModel(config).eval()
+
+
+def vit(arch: ViT, weights: Mapping[str, np.ndarray]) -> DINOv3ViTModel:
+    """The same with the given weights, in fp32."""
+    model = vit_of(arch)
     model.load_state_dict(hugging_face(arch, weights), strict=True)
     return model
 
 
-def vit_outputs(model: DINOv3ViTModel, tiles: np.ndarray) -> dict[str, np.ndarray]:
+def dinov2(arch: ViT, weights: Mapping[str, np.ndarray], pixels: int) -> Dinov2Model | Dinov2WithRegistersModel:
+    """transformers' DINOv2 with the given weights, in fp32; for the rule of Meta's own code, resized by that rule."""
+    table = arch.table
+    weights = dict(weights)
+    if arch.table_resize == "offset" and pixels // arch.patch != table:  # as Meta's own code does it:
+        table = pixels // arch.patch  # dinov2/models/vision_transformer.py, interpolate_pos_encoding
+        rows = torch.from_numpy(weights["positions"])
+        square = rows[1:].reshape(1, arch.table, arch.table, arch.width).permute(0, 3, 1, 2)
+        scale = (table + 0.1) / arch.table
+        square = interpolate(square, scale_factor=(scale, scale), mode="bicubic", antialias=False)
+        assert square.shape[-1] == table
+        weights["positions"] = torch.cat([rows[:1], square[0].flatten(1).T]).numpy()
+    kind, config = (
+        (Dinov2WithRegistersModel, Dinov2WithRegistersConfig) if arch.registers else (Dinov2Model, Dinov2Config)
+    )
+    options = {"num_register_tokens": arch.registers} if arch.registers else {}
+    model = kind(
+        config(
+            hidden_size=arch.width,
+            num_hidden_layers=arch.depth,
+            num_attention_heads=arch.heads,
+            mlp_ratio=4,
+            use_swiglu_ffn=arch.mlp == "swiglu",
+            image_size=table * arch.patch,
+            patch_size=arch.patch,
+            layer_norm_eps=1e-6,
+            **options,
+        )
+    ).eval()
+    model.load_state_dict(hugging_face(arch, weights), strict=True)
+    return model
+
+
+def convnext(arch: ConvNeXt, weights: Mapping[str, np.ndarray]) -> DINOv3ConvNextModel:
+    """transformers' ConvNeXt with the given weights, in fp32."""
+    model = DINOv3ConvNextModel(DINOv3ConvNextConfig(depths=list(arch.depths), hidden_sizes=list(arch.widths))).eval()
+    names = {"depthwise": "depthwise_conv", "norm": "layer_norm", "fc1": "pointwise_conv1", "fc2": "pointwise_conv2"}
+    state = {f"layer_norm.{part}": weights[f"norm.{part}"] for part in ("weight", "bias")}
+    for stage, depth in enumerate(arch.depths):
+        theirs, ours = f"model.stages.{stage}", f"stages.{stage}"
+        for part in ("weight", "bias"):
+            state[f"{theirs}.downsample_layers.{int(stage > 0)}.{part}"] = weights[f"{ours}.down.{part}"]
+            state[f"{theirs}.downsample_layers.{int(stage == 0)}.{part}"] = weights[f"{ours}.norm.{part}"]
+            for block in range(depth):
+                for our, their in names.items():
+                    state[f"{theirs}.layers.{block}.{their}.{part}"] = weights[f"{ours}.blocks.{block}.{our}.{part}"]
+        for block in range(depth):
+            state[f"{theirs}.layers.{block}.gamma"] = weights[f"{ours}.blocks.{block}.scale"]
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()}, strict=True)
+    return model
+
+
+def convnext_outputs(model: DINOv3ConvNextModel, tiles: np.ndarray) -> dict[str, np.ndarray]:
+    """What transformers calls the pooler's output."""
+    with torch.inference_mode():
+        return {"cls": model(normalised(tiles, IMAGENET)).pooler_output.numpy()}
+
+
+def dinov2_outputs(model: Dinov2Model, tiles: np.ndarray, constants: Constants = IMAGENET) -> dict[str, np.ndarray]:
+    """cls and mean as transformers gives them."""
+    with torch.inference_mode():
+        tokens = model(normalised(tiles, constants)).last_hidden_state
+    registers = getattr(model.config, "num_register_tokens", 0)
+    return {"cls": tokens[:, 0].numpy(), "mean": tokens[:, 1 + registers :].mean(1).numpy()}
+
+
+def vit_outputs(model: DINOv3ViTModel, tiles: np.ndarray, constants: Constants = IMAGENET) -> dict[str, np.ndarray]:
     """cls, mean and token as transformers gives them."""
     with torch.inference_mode():
-        tokens = model(normalised(tiles, IMAGENET)).last_hidden_state
+        tokens = model(normalised(tiles, constants)).last_hidden_state
     patches = tokens[:, 1 + model.config.num_register_tokens :]
     side = tiles.shape[1] // 16
     found = {"cls": tokens[:, 0], "mean": patches.mean(1), "token": patches.unflatten(1, (side, side))}

@@ -1,0 +1,110 @@
+"""The commands under `bench`: arguments in, one benchmark, printing."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from patchmill.cli.common import Json, show
+from patchmill.types import EncodeSettings, PlanSettings
+
+__all__ = ["bench_app"]
+
+bench_app = typer.Typer(help="Measure throughput on this machine.", rich_markup_mode=None)
+
+_plan, _encode = PlanSettings(), EncodeSettings()  # the defaults are named once
+
+Inputs = Annotated[
+    list[Path] | None, typer.Option("--input", help="your own slide; may be given several times; else one is made")
+]
+Rounds = Annotated[int, typer.Option(min=1, help="how often each case is measured, after a warm-up")]
+
+
+@bench_app.command("encoder", epilog="Example: patchmill bench encoder --size dinov3-vits16 --batch 1 --batch 16")
+def bench_encoder(
+    inputs: Inputs = None,
+    size: Annotated[list[str] | None, typer.Option(help="S, B and L by default; may be given several times")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32 and int8 by default")] = None,
+    pixels: Annotated[list[int] | None, typer.Option(help="per side of the input; may be given several times")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="tiles per call; may be given several times")] = None,
+    rounds: Rounds = 5,
+    threads: Annotated[int | None, typer.Option(help="cores; all by default")] = None,
+    price: Annotated[float | None, typer.Option(help="of an hour of this machine, for a price per million")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw it, as a PNG")] = None,
+    as_json: Json = False,
+) -> int:
+    """Tiles per second of each model size, beside PyTorch eager and the best matrix product."""
+    from patchmill.benchmarks.encoder import PRECISIONS, SIZES
+    from patchmill.benchmarks.encoder import bench_encoder as measure
+    from patchmill.benchmarks.plot import plot_encoders
+
+    record = measure(
+        inputs or (),
+        sizes=size or SIZES,
+        precisions=precision or PRECISIONS,
+        pixels=pixels or (_plan.tile,),
+        batches=sorted(set(batch or (_encode.batch,))),
+        rounds=rounds,
+        threads=threads,
+        price=price,
+    )
+    show(record.as_dict(), record.text, as_json)
+    if picture is not None:
+        plot_encoders(record, picture)
+    return 0
+
+
+@bench_app.command("pipeline", epilog="Example: patchmill bench pipeline --input slide.svs --rounds 3")
+def bench_pipeline(
+    inputs: Inputs = None,
+    encoder: Annotated[str, typer.Option(help="see patchmill encoders")] = _encode.encoder,
+    precision: Annotated[Literal["fp32", "int8"], typer.Option()] = "fp32",
+    tiles: Annotated[int, typer.Option(help="tiles per side of the slide that is made without --input")] = 20,
+    rounds: Rounds = 3,
+    as_json: Json = False,
+) -> int:
+    """The whole of embed as a fraction of what its encoder does alone."""
+    from patchmill.benchmarks.pipeline import bench_pipeline as measure
+
+    record = measure(inputs or (), encoder=encoder, precision=precision, tiles=tiles, rounds=rounds)
+    show(record.as_dict(), record.text, as_json)
+    return 0
+
+
+@bench_app.command("ingest", epilog="Example: patchmill bench ingest --rounds 5 --json")
+def bench_ingest(
+    inputs: Inputs = None,
+    tiles: Annotated[int, typer.Option(min=2, help="tiles per side of the slides that are made without --input")] = 24,
+    rounds: Rounds = 5,
+    as_json: Json = False,
+) -> int:
+    """Tiles per second from files into batches, beside the usual loader and the bare codec."""
+    from patchmill.benchmarks.ingest import bench_ingest as measure
+
+    record = measure(inputs or (), tiles=tiles, rounds=rounds)
+    show(record.as_dict(), record.text, as_json)
+    return 0
+
+
+@bench_app.command("peers", epilog="Example: patchmill bench peers --rounds 3 --json")
+def bench_peers(
+    tiles: Annotated[int, typer.Option(min=2, help="tiles per side of the slide that is made")] = 24,
+    rounds: Rounds = 3,
+    as_json: Json = False,
+) -> int:
+    """Whole pipelines of LazySlide and slide2vec beside ours; installs them on first use (13 GB), then half an hour."""
+    from patchmill.benchmarks.peers import bench_peers as measure
+
+    record = measure(tiles=tiles, rounds=rounds)
+    show(record.as_dict(), record.text, as_json)
+    return 0
+
+
+@bench_app.command("memory", epilog="Example: patchmill bench memory --json")
+def bench_memory(inputs: Inputs = None, rounds: Rounds = 1, as_json: Json = False) -> int:
+    """Peak memory of embed against the size of the slide; several minutes."""
+    from patchmill.benchmarks.memory import bench_memory as measure
+
+    record = measure(inputs or (), rounds=rounds)
+    show(record.as_dict(), record.text, as_json)
+    return 0

@@ -1,0 +1,55 @@
+"""What this machine remembers of the gate: reports that were passed, so that the next start need not repeat them.
+
+A report holds for one encoder key, graph, runtime with its version, device, number of threads and set of
+thresholds. It lies in PATCHMILL_CACHE, or in ~/.cache/patchmill. Whatever is damaged there is judged anew.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from patchmill.encoders.gate import THRESHOLDS, GateReport
+from patchmill.encoders.graph import Model
+from patchmill.types import EncoderSpec, fingerprint_of
+
+__all__ = ["gate_key", "recall", "remember"]
+
+
+def gate_key(spec: EncoderSpec, model: Model, provenance: Mapping[str, str]) -> str:
+    """What a report depends on, as 16 hex digits."""
+    return fingerprint_of(
+        {
+            "encoder": spec.key,
+            "graph": sha256(model.proto.SerializeToString(deterministic=True)).hexdigest(),
+            "provenance": dict(provenance),
+            "thresholds": asdict(THRESHOLDS[spec.precision]),
+        }
+    )
+
+
+def recall(key: str) -> GateReport | None:
+    """The report under a key; None where there is none that is whole."""
+    try:
+        return GateReport(**json.loads(_path(key).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def remember(key: str, report: GateReport) -> None:
+    """Keep a report; where the disk does not let it, the next start judges anew."""
+    path = _path(key)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(asdict(report), file)
+        os.replace(file.name, path)
+
+
+def _path(key: str) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PATCHMILL_CACHE") or Path(home) / "patchmill") / "gates" / f"{key}.json"
