@@ -25,10 +25,10 @@ def plot_encoders(record: Record, path: Path) -> None:
     lines: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for row in record.rows:
         if row.unit == "tiles/s" and row.value:
-            encoder, kind, rest = row.case.split(" ", 2)
-            pixels = rest.removeprefix("fp32, ").split(",")[0]
+            encoder, rest = row.case.split(" ", 1)
+            kind, pixels, _ = rest.split(", ")
             gflop = work[f"{encoder}, {pixels}"]
-            lines[kind.rstrip(",")].append((gflop or 1, row.value, f"{encoder}, {pixels}"))
+            lines[kind].append((gflop or 1, row.value, f"{encoder}, {pixels}"))
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
     for kind, points in lines.items():
         points.sort()

@@ -269,6 +269,7 @@ class EncodeSettings:
     pixels: int | None = None  # per side of the encoder's input; None is the encoder's own
     batch: int = 16  # tiles per batch
     threads: int | None = None  # cores for the encoder; None is all
+    runtime: Literal["auto", "onnxruntime", "openvino"] = "auto"  # provenance, not identity
 
     def __post_init__(self) -> None:
         if self.batch < 1:

@@ -34,6 +34,7 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "zarr",
     "dask",
     "openslide-python",

@@ -16,7 +16,7 @@ from patchmill.encoders.graph import Model
 from patchmill.encoders.layout import untrained
 from patchmill.encoders.precision import Precision, precisions
 from patchmill.encoders.remembered import gate_key, recall, remember
-from patchmill.encoders.session import CpuEncoder, release_freed_memory
+from patchmill.encoders.session import CpuEncoder, Runtime, has_openvino, release_freed_memory
 from patchmill.encoders.vit import Target
 from patchmill.encoders.weights import find, locate, sha256_of
 from patchmill.errors import EncoderError
@@ -127,7 +127,7 @@ def _identity(chosen: Card, settings: EncodeSettings) -> str:
 def open_encoder(settings: EncodeSettings) -> CpuEncoder:
     """Open an encoder at a concrete precision, without the gate. Works in any process. Raises EncoderError."""
     spec = resolve(settings)
-    encoder = CpuEncoder(spec, _graph(spec, _weights(settings)), settings.threads)
+    encoder = _opened(spec, _weights(settings), settings)[0]
     release_freed_memory()
     return encoder
 
@@ -170,7 +170,7 @@ def _first_that_passes(
     for precision, why in plan:
         spec = resolve(replace(settings, precision=precision))
         try:
-            encoder, report = _judged(spec, weights, reference, settings.threads, why + refused, afresh)
+            encoder, report = _judged(spec, weights, reference, settings, why + refused, afresh)
         except EncoderError as error:  # the runtime will not have this graph, or fails over it
             if precision == plan[-1][0]:
                 raise
@@ -187,12 +187,11 @@ def _judged(
     spec: EncoderSpec,
     weights: Mapping[str, np.ndarray],
     reference: Callable[[], Mapping[str, np.ndarray]],
-    threads: int | None,
+    settings: EncodeSettings,
     why: str,
     afresh: bool,
 ) -> tuple[CpuEncoder, GateReport]:
-    model = _graph(spec, weights)
-    encoder = CpuEncoder(spec, model, threads)
+    encoder, model = _opened(spec, weights, settings)
     try:
         key = gate_key(spec, model, encoder.provenance)
         del model  # the runtime has its own copy of the weights
@@ -206,6 +205,25 @@ def _judged(
     except EncoderError:
         encoder.close()
         raise
+
+
+def _opened(spec: EncoderSpec, weights: Mapping[str, np.ndarray], settings: EncodeSettings) -> tuple[CpuEncoder, Model]:
+    """The encoder in its runtime, and its graph. Raises EncoderError."""
+    runtime = _runtime(spec, settings)
+    model = _graph(spec, weights, plain=runtime == "openvino")
+    return CpuEncoder(spec, model, settings.threads, runtime=runtime), model
+
+
+def _runtime(spec: EncoderSpec, settings: EncodeSettings) -> Runtime:
+    """auto: OpenVINO where it is installed and faster, which is fp32: see docs/benchmarks.md."""
+    if settings.runtime == "onnxruntime":
+        return "onnxruntime"
+    if spec.precision == "fp32" and (settings.runtime == "openvino" or has_openvino()):
+        return "openvino"
+    if settings.runtime == "openvino":
+        wrong = f"openvino runs fp32 here, not {spec.precision}"
+        raise EncoderError("--runtime", wrong, "use --precision fp32, or --runtime onnxruntime")
+    return "onnxruntime"
 
 
 def _precisions_to_try(settings: EncodeSettings) -> list[tuple[Precision, str]]:

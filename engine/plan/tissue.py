@@ -68,7 +68,7 @@ def tissue_in(overview: Overview) -> Bool[np.ndarray, "h w"]:
         density = optical_density(overview.rgb[top : top + STRIP], glass)
         strip = slice(top, top + len(density))
         inked[strip] = is_ink(density)
-        spread[strip] = np.where(is_stained(density), density.max(axis=2) - density.min(axis=2), 0)
+        spread[strip] = np.where(is_stained(density), greatest(density) - least(density), 0)
     if spread.max() <= LEAST_SPREAD:
         return np.zeros(spread.shape, bool)
     otsu: float = threshold_otsu(spread)  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ def glass_colour(rgb: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "3"]:
     """
     white = np.full(3, 255, np.float32)
     rgb = rgb[::2, ::2]  # a quarter of the pixels has the same modes
-    bright = rgb[rgb.min(axis=2) > BRIGHT]
+    bright = rgb[least(rgb) > BRIGHT]
     if not len(bright):
         return white
     mode = np.array([np.bincount(bright[:, channel]).argmax() for channel in range(3)], np.int16)
@@ -104,10 +104,22 @@ def optical_density(rgb: UInt8[np.ndarray, "h w 3"], glass: Float32[np.ndarray, 
     return np.stack([table[rgb[..., channel], channel] for channel in range(3)], axis=2)
 
 
+def greatest(channels: np.ndarray) -> np.ndarray:
+    """Over three channels, many times faster than a reduction along so short an axis."""
+    most: np.ndarray = np.maximum(np.maximum(channels[..., 0], channels[..., 1]), channels[..., 2])
+    return most
+
+
+def least(channels: np.ndarray) -> np.ndarray:
+    """Likewise."""
+    fewest: np.ndarray = np.minimum(np.minimum(channels[..., 0], channels[..., 1]), channels[..., 2])
+    return fewest
+
+
 def is_stained(density: Float32[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
     """Whether a colour can be a mixture of stains: neither neutral nor green."""
-    most, least = density.max(axis=2), density.min(axis=2)
-    neutral = most - least < 0.25 * most  # black ink, borders, shadows; dense nuclei have 0.4, dense DAB 0.3
+    most = greatest(density)
+    neutral = most - least(density) < 0.25 * most  # black ink, borders, shadows; dense nuclei have 0.4, dense DAB 0.3
     stained: Bool[np.ndarray, "h w"] = ~neutral & (density[..., 0] <= 1.8 * density[..., 1])
     return stained
 
@@ -115,11 +127,12 @@ def is_stained(density: Float32[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]
 def is_ink(density: Float32[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
     """Whether a colour is ink for certain: dense, and in proportions that no mixture of stains has."""
     red, green, blue = density[..., 0], density[..., 1], density[..., 2]
-    spread = density.max(axis=2) - density.min(axis=2)
+    darkest, palest = greatest(density), least(density)
+    spread = darkest - palest
     # Pale haematoxylin may be a little bluer than its vector, so blue counts as ink where it is dense.
     blue_or_green = (red > 1.2 * green) & (spread > 0.3)
     red_ink = (red < 0.13 * green) & (blue > 0.8 * green) & (green > 0.5)  # dense eosin and blood stay below 0.78
-    black = (density.min(axis=2) > 1.2) & (spread < 0.25 * density.max(axis=2))
+    black = (palest > 1.2) & (spread < 0.25 * darkest)
     ink: Bool[np.ndarray, "h w"] = blue_or_green | red_ink | black
     return ink
 

@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from patchmill.benchmarks.encoder import bench_encoder, gflop
+from patchmill.benchmarks import ingest
+from patchmill.benchmarks.encoder import bench_encoder, knee
 from patchmill.benchmarks.inputs import tiles_of, write_histology
 from patchmill.benchmarks.memory import bench_memory
+from patchmill.benchmarks.operations import gflop
 from patchmill.cli import main
 from patchmill.encoders import gate_tiles
 from patchmill.errors import UsageError
@@ -41,40 +44,43 @@ def test_operations_are_those_that_torch_counts(width, depth, heads, name):
     assert gflop(f"dinov3-vit{name}16", 224) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
 
 
-def test_encoders_are_measured_beside_eager_and_gemm(slide, capsys):
-    assert (
-        main(
-            [
-                "bench",
-                "encoder",
-                "--input",
-                str(slide),
-                "--size",
-                "dinov3-vits16",
-                "--rounds",
-                "1",
-                "--batch",
-                "2",
-                "--json",
-            ]
-        )
-        == 0
-    )
-    rows = {row["case"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
-    eager = "dinov3-vits16 transformers eager fp32"
-    assert rows.keys() == {"dinov3-vits16 fp32", "dinov3-vits16 int8", eager, "best GEMM fp32 beside dinov3-vits16"}
-    for name, row in rows.items():
+def test_encoders_are_measured_beside_eager_and_gemm(slide, capsys, tmp_path):
+    command = ["bench", "encoder", "--size", "dinov3-vits16", "--rounds", "1", "--batch", "2", "--json"]
+    command += ["--runtime", "onnxruntime", "--price", "3"]
+    picture = tmp_path / "sizes.png"
+    assert main([*command, "--input", str(slide), "--picture", str(picture)]) == 0
+    rows = {(row["case"], row["unit"]): row for row in json.loads(capsys.readouterr().out)["rows"]}
+    eager = "dinov3-vits16 eager fp32, 224 px, batch 2"
+    rates = {case: row for (case, unit), row in rows.items() if unit == "tiles/s"}
+    ours = {f"dinov3-vits16 {kind} onnxruntime, 224 px, batch 2" for kind in ("fp32", "int8")}
+    assert rates.keys() == {*ours, eager}
+    for name, row in rates.items():
         assert row["value"] > 0
-        assert (row["baseline"] == eager) == name.endswith(("16 fp32", "int8"))
-        assert ("GEMM" in (row["limit"] or "")) == name.startswith("dinov3")
-        assert row["of_limit"] is None or row["of_limit"] > 0
+        assert row["baseline"] == (eager if name in ours else None)
+        assert row["limit"] == "GEMM fp32"
+        assert row["of_limit"] > 0
+    (fp32, _) = sorted(ours)
+    hours = rows[f"{fp32}: a million tiles", "h"]["value"]
+    assert hours == pytest.approx(1e6 / rates[fp32]["value"] / 3600)
+    assert rows[f"{fp32}: a million tiles", "price"]["value"] == pytest.approx(3 * hours)
+    assert rows[f"{fp32}: a batch", "ms"]["value"] == pytest.approx(2000 / rates[fp32]["value"])
+    assert rows["dinov3-vits16 fp32 onnxruntime, 224 px: peak memory", "MiB"]["value"] > 100
+    with Image.open(picture) as drawn:
+        assert drawn.width > 500
+    assert main([*command, "--picture", str(tmp_path / "sizes.jpg")]) == 2
+    assert "no name of a PNG" in capsys.readouterr().err
+
+
+def test_the_knee_is_the_smallest_batch_near_the_best():
+    assert knee([1, 2, 4, 8], [10, 19.1, 19.9, 20]) == 2
+    assert knee([1, 2], [20, 10]) == 1
 
 
 def test_without_torch_the_baseline_is_told_to_be_missing(slide, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    record = bench_encoder([slide], sizes=["dinov3-vits16"], precisions=["fp32"], batch=1, rounds=1)
+    record = bench_encoder([slide], sizes=["dinov3-vits16"], precisions=["fp32"], batches=(1,), rounds=1)
     assert record.rows[0].ratio is None
-    assert any("not measured" in note for note in record.notes)
+    assert any("not measured: install torch" in note for note in record.notes)
 
 
 def test_the_pipeline_is_measured_beside_its_encoder(slide, capsys):
@@ -111,8 +117,10 @@ def test_the_slide_that_is_made_shows_real_tiles(slide):
 
 
 @pytest.mark.slow
-def test_ingest_is_measured_beside_the_loader_and_the_codec(slide, capsys):
+def test_ingest_is_measured_beside_the_loader_and_the_codec(slide, capsys, monkeypatch):
     """Of a file of one's own, and of those that are made: every codec, ratio and reader."""
+    monkeypatch.setattr(ingest, "SECONDS", 0.02)
+    monkeypatch.setattr(ingest, "PEER_TILES", 16)
     assert main(["bench", "ingest", "--input", str(slide), "--rounds", "1", "--json"]) == 0
     own = json.loads(capsys.readouterr().out)["rows"]
     assert main(["bench", "ingest", "--tiles", "4", "--rounds", "1", "--json"]) == 0
@@ -129,5 +137,10 @@ def test_ingest_is_measured_beside_the_loader_and_the_codec(slide, capsys):
         assert row["baseline"] == "peers' loader, 1"
         assert row["limit"] == "bare codec"
         assert row["of_limit"] > 0
+        megapixels = next(row for row in record["rows"] if row["case"] == f"{case}, 1 core: megapixels")
+        ratio = float(case.split("ratio ")[1][0])
+        assert megapixels["value"] == pytest.approx(row["value"] * (224 * ratio) ** 2 / 1e6)
+    tissue = [row["case"] for row in record["rows"] if row["case"].startswith("tissue, ") and row["value"] > 0]
+    assert tissue == ["tissue, jpeg, with coarser levels", "tissue, jpeg, one level"]
     assert any("OpenSlide" in row["case"] for row in own)
     assert any("decoded at 1/4, cells of 64 px" in note for note in record["notes"])
