@@ -156,6 +156,10 @@ class _OpenVino:
                 network = openvino.Core().read_model(Path(folder) / "graph.onnx")
                 network.reshape({"pixels": [1, *spec.input]})
                 self._compiled: Any = openvino.Core().compile_model(network, "CPU", settings)
+            self._own = threading.local()  # a request serves one thread at a time
+            # The first call initialises statics of its Python module, holding the GIL or waiting for it: two threads
+            # whose first calls meet wait for each other for ever (2026.4.1). So there is one before all others.
+            self.run(list(spec.outputs), np.zeros((1, *spec.input), np.uint8))
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0][:200]
             raise EncoderError(
@@ -163,7 +167,6 @@ class _OpenVino:
             ) from error
         if (devices := self._compiled.get_property("EXECUTION_DEVICES")) != ["CPU"]:
             raise EncoderError(spec.name, f"the CPU was asked for, {', '.join(devices)} would run", "check openvino")
-        self._own = threading.local()  # a request serves one thread at a time
         version = openvino.__version__.split("-")[0]
         self.provenance: Mapping[str, str] = {"runtime": f"openvino {version}", "provider": "CPU"}
 

@@ -1,5 +1,6 @@
 """OpenVINO beside ONNX Runtime: the same vectors, named for what it is, and chosen by a rule."""
 
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -52,6 +53,24 @@ def test_what_it_cannot_do_is_refused_and_never_done_by_the_other(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EncoderError, match="--runtime: openvino is not installed; pip install"):
         open_encoder(replace(VIT, runtime="openvino"))
+
+
+def test_the_first_call_is_made_by_one_thread_alone(monkeypatch):
+    """In a process where nothing has called it before, two threads whose first calls meet would never end."""
+    code = (
+        "from patchmill.encoders import gate_tiles, open_encoder\n"
+        "from patchmill.encoders.session import _OpenVino\n"
+        "from patchmill.types import EncodeSettings\n"
+        "from threading import get_ident\n"
+        "calls, real = [], _OpenVino.run\n"
+        "_OpenVino.run = lambda self, *args: (calls.append(get_ident()), real(self, *args))[1]\n"
+        "settings = EncodeSettings(encoder='efficientnet-lite0', precision='fp32', pixels=32, threads=2)\n"
+        "encoder = open_encoder(settings)\n"
+        "assert calls == [get_ident()], calls\n"
+        "assert len(encoder(gate_tiles(32))['mean']) == 32\n"
+    )
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_auto_goes_on_to_int8_in_the_other_runtime():
