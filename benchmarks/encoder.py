@@ -20,7 +20,7 @@ from patchmill.benchmarks.eager import eager
 from patchmill.benchmarks.inputs import slides_of, tiles_of
 from patchmill.benchmarks.operations import gflop
 from patchmill.benchmarks.record import Record, Row, in_turns, machine, row, versions
-from patchmill.encoders import open_encoder
+from patchmill.encoders import open_encoder, resolve
 from patchmill.encoders.cards import card
 from patchmill.encoders.precision import precisions as offered
 from patchmill.encoders.session import available_cores, has_openvino
@@ -77,6 +77,14 @@ def bench_encoder(
     price: of an hour of this machine, in any currency. Speed does not depend on the weights' values, quality is not
     measured.
     """
+    if price is not None and not price > 0:
+        raise UsageError("--price", f"{price} is no price", "use more than 0")
+    for runtime in runtimes:
+        if runtime not in installed():
+            raise UsageError("--runtime", f"{runtime} is not installed", f"use {' or '.join(installed())}")
+    asked = EncodeSettings(threads=threads, untrained=0, precision="fp32")
+    for size, side in product(sizes, pixels):  # what is wrong is told before anything is measured
+        resolve(replace(asked, encoder=size, pixels=side))
     threads = threads or available_cores()
     products = _products(threads)
     rows: list[Row] = []
@@ -90,6 +98,8 @@ def bench_encoder(
             for precision, runtime in product(wanted, runtimes or installed())
             if runtime != "openvino" or precision == "fp32"
         ]
+        if not kinds:
+            raise UsageError("--runtime", f"openvino runs fp32, not {', '.join(wanted)}", "add onnxruntime")
         cases = [Case(size, side, *kind, batch) for kind, batch in product(kinds, batches)]
         found, said = _measured(cases, inputs, products, rounds, threads, price)
         rows += found

@@ -1,25 +1,33 @@
 """A picture of a record of `bench encoder`: tiles per second against the work of a tile, with the machine's limit."""
 
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from patchmill.benchmarks.record import Record
 from patchmill.errors import UsageError
 
-__all__ = ["plot_encoders"]
+__all__ = ["check_picture", "plot_encoders"]
+
+
+def check_picture(path: Path) -> None:
+    """Raise UsageError where matplotlib is missing, or for a name that is none of a PNG in a folder that is there."""
+    if path.suffix.lower() != ".png":
+        raise UsageError("--picture", f"{path} is no name of a PNG", "end it with .png")
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise UsageError("--picture", f"{path} cannot be written", "name a file in a folder that is there")
+    if find_spec("matplotlib") is None:
+        raise UsageError("--picture", "matplotlib is not installed", "pip install 'patchmill[plot]'")
 
 
 def plot_encoders(record: Record, path: Path) -> None:
-    """Write a PNG. Raises UsageError where matplotlib is missing or the file cannot be written."""
-    if path.suffix.lower() != ".png":
-        raise UsageError("--picture", f"{path} is no name of a PNG", "end it with .png")
-    try:
-        import matplotlib
+    """Write a PNG. Raises UsageError as `check_picture` does, and where the file cannot be written."""
+    check_picture(path)
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise UsageError("--picture", "matplotlib is not installed", "pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     work = {row.case.removesuffix(": a tile"): row.value for row in record.rows if row.unit == "GFLOP"}
     best = max(row.value or 0 for row in record.rows if row.unit == "GFLOP/s")
     lines: dict[str, list[tuple[float, float, str]]] = defaultdict(list)

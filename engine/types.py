@@ -274,6 +274,8 @@ class EncodeSettings:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise UsageError("--batch", f"{self.batch} tiles are no batch", "use 1 or more")
+        if self.runtime not in ("auto", "onnxruntime", "openvino"):
+            raise UsageError("--runtime", f"no runtime is called {self.runtime!r}", "use auto, onnxruntime or openvino")
         if self.threads is not None and self.threads < 1:
             raise UsageError("--threads", f"{self.threads} cores cannot run an encoder", "use 1 or more")
 

@@ -54,7 +54,7 @@ Coords = Annotated[
 ]
 Decode = Annotated[Literal["scaled", "exact"], typer.Option(help="scaled: a codec may shrink, if by an even number")]
 Reader = Annotated[
-    Literal["auto", "dicom", "openslide", "tiff"],
+    Literal["auto", "dicom", "omezarr", "openslide", "tiff"],
     typer.Option(help="who decodes; auto chooses for each file and names it"),
 ]
 MppOverride = Annotated[float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")]
@@ -306,7 +306,9 @@ def encoders(
     from patchmill import api
     from patchmill.cli.text import encoders_text, gate_text
 
-    name = check or export
+    name = check if check is not None else export
+    if onnx is not None and export is None:
+        raise UsageError("--onnx", "it is for --export alone", "name the encoder with --export")
     if name is None:
         cards = api.list_encoders()
         show({"encoders": [asdict(card) for card in cards]}, lambda: encoders_text(cards), as_json)
@@ -321,6 +323,8 @@ def encoders(
         untrained=untrained,
         runtime=runtime,
     )
+    if export is not None and runtime != "auto":
+        raise UsageError("--runtime", "a graph is written for all runtimes", "leave it out")
     if export is not None:
         if precision == "auto":
             settings = replace(settings, precision="fp32")

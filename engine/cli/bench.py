@@ -37,8 +37,10 @@ def bench_encoder(
     """Tiles per second of each model size, beside PyTorch eager and the best matrix product."""
     from patchmill.benchmarks.encoder import PRECISIONS, SIZES
     from patchmill.benchmarks.encoder import bench_encoder as measure
-    from patchmill.benchmarks.plot import plot_encoders
+    from patchmill.benchmarks.plot import check_picture, plot_encoders
 
+    if picture is not None:
+        check_picture(picture)
     record = measure(
         inputs or (),
         sizes=size or SIZES,

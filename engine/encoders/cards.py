@@ -4,8 +4,10 @@ Those of configs/encoders, and the user's own in the folder that PATCHMILL_ENCOD
 file of weights comes from timm, transformers or Meta's code needs nothing else.
 """
 
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
@@ -85,6 +87,10 @@ class EfficientNetLite:
     std: tuple[float, float, float]
 
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
+PUBLISHED = re.compile(r"[\w.-]+\*?[\w.-]*", re.ASCII)  # a file's name, with one star at most
+MOST_PIXELS = 4096
+
 Architecture = ViT | ConvNeXt | EfficientNetLite
 FAMILIES = {"dinov3-vit": ViT, "vit": ViT, "dinov3-convnext": ConvNeXt, "efficientnet-lite": EfficientNetLite}
 
@@ -151,9 +157,13 @@ def _theirs(folder: Path) -> Mapping[str, Card]:
     found: dict[str, Card] = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
+            if not path.is_file():  # a pipe would block for ever
+                raise EncoderError(str(path), "is no regular file", "take it away")
             each = read_card(str(path), path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise EncoderError(str(path), f"cannot be read ({type(error).__name__})", "check the file") from error
+        if each.weights.package is not None:
+            raise EncoderError(str(path), "weights.package is for encoders that ship with patchmill", "leave it out")
         if each.name in _ours() or each.name in found:
             raise EncoderError(str(path), f"there is another encoder called {each.name!r}", "give it another name")
         found[each.name] = each
@@ -176,11 +186,69 @@ def read_card(where: str, text: str) -> Card:
             for name, part in (("weights", WeightsSource), ("expects", Expects))
             if name in facts
         }
-        return cast(Card, _made(Card, facts, "", architecture=architecture, **parts))
-    except yaml.YAMLError as error:
-        raise EncoderError(where, f"is no YAML ({str(error).splitlines()[0][:80]})", "correct it") from error
+        made = cast(Card, _made(Card, facts, "", architecture=architecture, **parts))
+        check(made)
+        return made
     except msgspec.ValidationError as error:
         raise EncoderError(where, f"is no encoder: {str(error)[:200]}", "compare it with configs/encoders") from error
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # PyYAML raises them all
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise EncoderError(where, f"is no YAML ({reason})", "correct it") from error
+
+
+def check(card: Card) -> None:
+    """Raise ValidationError for a fact whose value no encoder can have, or that contradicts another."""
+    arch = card.architecture
+
+    def demand(fine: bool, fact: str, wrong: str) -> None:
+        if not fine:
+            raise msgspec.ValidationError(f"{fact}: {wrong}")
+
+    demand(NAME.fullmatch(card.name) is not None, "name", "letters, digits, points and hyphens, at most 64")
+    demand(
+        all(text.isprintable() for text in (card.title, card.license, card.weights.obtain)), "title", "not printable"
+    )
+    published = card.weights.published
+    demand(published is None or PUBLISHED.fullmatch(published) is not None, "weights.published", "no pattern of a name")
+    numbers = (*arch.mean, *arch.std, arch.eps)
+    demand(all(math.isfinite(number) for number in numbers), "architecture", "mean, std and eps are finite numbers")
+    demand(min(arch.std) > 1e-6, "architecture.std", "greater than 0")
+    demand(0 < arch.eps <= 0.1, "architecture.eps", "greater than 0, at most 0.1")
+    demand(min(card.outputs.values(), default=0) > 0, "outputs", "at least one, with a width")
+    demand(card.pixels > 0 and card.pixels <= MOST_PIXELS, "pixels", f"1 to {MOST_PIXELS}")
+    demand(card.expects.tile is None or card.expects.tile > 0, "expects.tile", "greater than 0")
+    demand(card.expects.mpp is None or 0 < card.expects.mpp < 1000, "expects.mpp", "greater than 0")
+    if isinstance(arch, ViT):
+        check_vit(card, arch, demand)
+    demand(card.pixels % arch.step == 0, "pixels", f"a multiple of {arch.step}")
+
+
+def check_vit(card: Card, arch: ViT, demand: Callable[[bool, str, str], None]) -> None:
+    """The same for what a vision transformer alone has."""
+    for fact, most in {"width": 16384, "depth": 256, "heads": 256, "hidden": 65536, "patch": 256}.items():
+        demand(0 < getattr(arch, fact) <= most, f"architecture.{fact}", f"1 to {most}")
+    demand(0 <= arch.registers <= 256, "architecture.registers", "0 to 256")
+    demand(arch.width % arch.heads == 0, "architecture.heads", "a divisor of the width")
+    demand((arch.table is None) != (arch.rope_base is None), "architecture", "either table or rope_base")
+    if arch.rope_base is not None:
+        demand(arch.width // arch.heads % 4 == 0, "architecture.heads", "rotation wants a multiple of 4 per head")
+        demand(1 < arch.rope_base <= 10**6, "architecture.rope_base", "2 to 1,000,000")
+        plain = arch.table_resize is None and arch.table_rows == "patches"
+        demand(plain, "architecture", "table_rows and table_resize need a table")
+    if arch.table is not None:
+        demand(0 < arch.table <= 256, "architecture.table", "1 to 256")
+        demand(arch.only in (None, card.pixels), "pixels", f"{arch.only}, since the table is not resized")
+    demand((arch.head is None) == (arch.head_width == 0), "architecture.head_width", "given with a head, and only then")
+    demand(0 <= arch.head_width <= 16384, "architecture.head_width", "1 to 16384")
+    heads = 0 < arch.head_heads <= 256 and arch.head_width % arch.head_heads == 0
+    demand(arch.head != "attention" or heads, "architecture.head_heads", "a divisor of head_width")
+    demand(0 < arch.head_eps <= 0.1, "architecture.head_eps", "greater than 0, at most 0.1")
+    widths = {"cls": arch.width, "mean": arch.width, "cls-mean": 2 * arch.width}
+    widths |= {"linear": {"projected": arch.head_width}, "attention": {"pooled": arch.head_width}}.get(
+        arch.head or "", {}
+    )
+    for name, width in card.outputs.items():
+        demand(widths.get(name) == width, f"outputs.{name}", f"the widths are {widths}")
 
 
 def _made(kind: type, given: Any, prefix: str, **made: Any) -> Any:

@@ -62,7 +62,7 @@ def told(path: Path) -> Iterator[None]:
         yield
     except RefusedError as error:
         raise EncoderError(str(path), str(error), "get the weights again, from their origin") from error
-    except (SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy lacks
+    except (SafetensorError, TypeError, AttributeError) as error:  # the latter two: a dtype that NumPy lacks
         reason = str(error).splitlines()[0][:120]
         raise EncoderError(str(path), f"is no intact safetensors file ({reason})", "get the weights again") from error
     except OSError as error:
@@ -145,24 +145,27 @@ class _Loaded(Mapping[str, np.ndarray]):
         if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.name != "bfloat16":
             wrong = f"{name} holds {tensor.dtype}, no floating-point numbers"
             raise EncoderError(str(self._path), wrong, "get the weights again")
-        tensor = np.require(tensor, np.float32, ["C", "W"])
+        with np.errstate(over="ignore"):  # infinity is told below
+            tensor = np.require(tensor, np.float32, ["C", "W"])
         if not np.isfinite(tensor).all():
             raise EncoderError(str(self._path), f"{name} holds NaN or infinity", "get the weights again")
         return tensor
 
-    def has(self, name: str) -> bool:
-        """Whether the file holds a tensor, wanted or not."""
-        return name in self._names
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor of the file, wanted or not; None where there is none."""
+        return self._file.shapes[self._names[name]] if name in self._names else None
 
 
 def _check_rotation(path: Path, loaded: _Loaded, card: Card) -> None:
     """Meta's files state the periods of the rotation, which follow from its base."""
     arch = card.architecture
-    if not isinstance(arch, ViT) or arch.rope_base is None or not loaded.has("rope_embed.periods"):
+    if not isinstance(arch, ViT) or arch.rope_base is None or loaded.shape_of("rope_embed.periods") is None:
         return
     head = arch.width // arch.heads
-    periods, stated = arch.rope_base ** (np.arange(head // 4) * 4 / head), loaded.checked("rope_embed.periods")
-    if stated.shape != periods.shape or not np.allclose(stated, periods, rtol=ROTARY_TOLERANCE, atol=0):
+    periods, name = arch.rope_base ** (np.arange(head // 4) * 4 / head), "rope_embed.periods"
+    if loaded.shape_of(name) != periods.shape or not np.allclose(
+        loaded.checked(name), periods, rtol=ROTARY_TOLERANCE, atol=0
+    ):
         raise EncoderError(str(path), f"its positions have another base than {arch.rope_base}", "give DINOv3's weights")
 
 

@@ -135,9 +135,13 @@ def open_encoder(settings: EncodeSettings) -> CpuEncoder:
 def export(settings: EncodeSettings, path: Path) -> None:
     """Write an encoder's graph at a concrete precision, for other runtimes: standard operators, external data.
 
-    int8 is written with an operator of ONNX Runtime. Raises EncoderError.
+    int8 is written with an operator of ONNX Runtime. path: ends in .onnx, so that no weights are overwritten. Raises
+    EncoderError.
     """
     spec = resolve(settings)
+    data = path.with_name(f"{path.name}.data") if path.name else path
+    if path.is_dir() or data.is_dir() or path.suffix != ".onnx":
+        raise EncoderError("--onnx", f"{path} cannot be the name of a graph", "end it with .onnx, as graph.onnx")
     model = _graph(spec, _weights(settings), plain=spec.precision != "int8")
     try:
         model.save(path)

@@ -13,6 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+import msgspec
+
 from patchmill.encoders.gate import THRESHOLDS, GateReport
 from patchmill.encoders.graph import Model
 from patchmill.types import EncoderSpec, fingerprint_of
@@ -35,9 +37,10 @@ def gate_key(spec: EncoderSpec, model: Model, provenance: Mapping[str, str]) -> 
 def recall(key: str) -> GateReport | None:
     """The report under a key; None where there is none that is whole."""
     try:
-        return GateReport(**json.loads(_path(key).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        report = msgspec.json.decode(_path(key).read_bytes(), type=GateReport)
+    except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
         return None
+    return report if report.passed else None
 
 
 def remember(key: str, report: GateReport) -> None:

@@ -1,6 +1,7 @@
 """Files of named tensors, opened by their description and read one tensor at a time."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,7 @@ from patchmill.encoders.torchfile import RefusedError, TorchFile
 
 __all__ = ["INDEX", "TensorFile", "open_tensors", "shards_of"]
 
+PART = re.compile(r"[\w.-]+\.safetensors", re.ASCII)  # a file's name, without a folder
 INDEX = ".safetensors.index.json"  # ending of the file that lists the parts of large weights
 
 
@@ -64,9 +66,11 @@ def shards_of(index: Path) -> list[Path]:
     """The files that an index names, all beside it. Raises RefusedError, OSError."""
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RefusedError("is no index of safetensors files") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or not PART.fullmatch(name):
             raise RefusedError(f"names {str(name)[:80]!r}, which is no safetensors file beside it")
+        if (index.parent / name).exists() and not (index.parent / name).is_file():  # a pipe would block for ever
+            raise RefusedError(f"names {name}, which is no regular file")
     return [index.parent / name for name in names]

@@ -35,6 +35,7 @@ STORAGES: Mapping[
     "BoolStorage": "|b1",
 }
 NESTED = ("teacher", "state_dict", "model", "params")  # where training code puts the state dict, in order of preference
+MOST_DESCRIBING = 64 << 20  # bytes of the pickle that describes the tensors; that of 7B has 0.2 MB
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
@@ -43,8 +44,15 @@ class RefusedError(ValueError):
     """The file is damaged, is no file of tensors, or asks for code to be run. The text says which."""
 
 
+class _Sealed:
+    """What a pickle may make, and may not change afterwards: its checks are made once."""
+
+    def __setstate__(self, state: object) -> None:
+        raise RefusedError("changes a tensor after it was described")
+
+
 @dataclass(frozen=True)
-class _Storage:
+class _Storage(_Sealed):
     """Numbers that tensors are cut from; read after the pickle that names them."""
 
     key: str
@@ -57,7 +65,7 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _Tensor(_Sealed):
     """A window on a storage, in elements."""
 
     storage: _Storage
@@ -67,7 +75,7 @@ class _Tensor:
 
 
 @dataclass(frozen=True)
-class _StorageType:
+class _StorageType(_Sealed):
     """What a class such as torch.FloatStorage stands for in the pickle."""
 
     dtype: str
@@ -158,7 +166,11 @@ def _zip(path: Path) -> tuple[object, Storages]:
     pickles = [name for name in archive.namelist() if name.endswith("data.pkl") and name.count("/") <= 1]
     if len(pickles) != 1:
         raise RefusedError("is a zip archive without weights")
+    if archive.getinfo(pickles[0]).file_size > MOST_DESCRIBING:
+        raise RefusedError("describes more than weights can have")
     folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}byteorder" in archive.namelist() and archive.getinfo(f"{folder}byteorder").file_size > 16:
+        raise RefusedError("is no .pth file")
     if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
         raise RefusedError("was written on a big-endian machine")
 
@@ -221,6 +233,8 @@ def _state_dict(described: object) -> dict[str, _Tensor]:
 
 def _within(name: str, tensor: _Tensor) -> _Tensor:
     """The tensor, which must lie inside its storage."""
+    if min((tensor.offset, *tensor.size, *tensor.stride)) < 0:
+        raise RefusedError(f"describes {name} before the start of its numbers")
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.size, tensor.stride, strict=True))
     if 0 not in tensor.size and last >= tensor.storage.count:
         raise RefusedError(f"describes {name} beyond the end of its numbers")

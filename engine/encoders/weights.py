@@ -48,6 +48,10 @@ def find(card: Card) -> Located | None:
     source = card.weights
     folder = os.environ.get("PATCHMILL_WEIGHTS")
     if folder:
+        if os.path.exists(folder) and not os.path.isdir(folder):
+            raise EncoderError(
+                "PATCHMILL_WEIGHTS", f"{folder} is no folder", "name the folder of the weights, or unset it"
+            )
         patterns = [f"{card.name}{suffix}" for suffix in (".safetensors", INDEX, ".pth", ".bin")]
         patterns += [source.published] if source.published else []
         for path in (path for pattern in patterns for path in sorted(Path(folder).glob(pattern))):

@@ -8,6 +8,7 @@ from patchmill.sources.cells import CellsByRectangle, read_or_none
 from patchmill.sources.content import content_fingerprint
 from patchmill.sources.dicom import DicomSlide, Refused
 from patchmill.sources.files import failure
+from patchmill.sources.omezarr import OmeZarrSlide
 from patchmill.sources.openslide import OpenSlideSlide
 from patchmill.sources.patience import READ_TIMEOUT, Patience, PatientSlide
 from patchmill.sources.staging import stage, unstage
@@ -20,6 +21,7 @@ __all__ = [
     "CatalogEntry",
     "CellsByRectangle",
     "DicomSlide",
+    "OmeZarrSlide",
     "OpenSlideSlide",
     "Patience",
     "PatientSlide",
@@ -33,16 +35,20 @@ __all__ = [
     "unstage",
 ]
 
-READERS = ("auto", "dicom", "openslide", "tiff")
-DIRECT: Mapping[str, Callable[[SourceRef], Slide]] = {"dicom": DicomSlide, "tiff": TiffSlide}  # by name, tried in turn
+READERS = ("auto", "dicom", "omezarr", "openslide", "tiff")
+DIRECT: Mapping[str, Callable[[SourceRef], Slide]] = {  # by name, tried in turn
+    "omezarr": OmeZarrSlide,
+    "dicom": DicomSlide,
+    "tiff": TiffSlide,
+}
 
 
 def open_slide(ref: SourceRef) -> Slide:
     """Open a slide with the reader for its format; ref.mpp overrides the file's own resolution.
 
-    A file of a DICOM series, or its folder, stands for the whole series. Where ref.reader is "auto", a direct reader
-    takes every file whose pixels it decodes exactly as OpenSlide does, and OpenSlide takes the others; the slide's
-    `reader` says which it was.
+    A file of a DICOM series, or its folder, stands for the whole series; an OME-Zarr image is a folder. Where
+    ref.reader is "auto", a direct reader takes every file whose pixels it decodes exactly as OpenSlide does, and
+    OpenSlide takes the others; the slide's `reader` says which it was.
 
     Raises SourceError (missing, empty, forbidden, no slide, damaged, no mpp, not for the reader that is asked for), or
     TransientError where its storage fails; both name ref.id.

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from patchmill.errors import UsageError
+from patchmill.sources.omezarr import is_ome_zarr
 from patchmill.sources.series import Damaged, Header, header_of, levels_within
 
 __all__ = ["CatalogEntry", "find_sources"]
@@ -35,9 +36,10 @@ class CatalogEntry:
 def find_sources(paths: Sequence[str | os.PathLike[str]]) -> tuple[CatalogEntry, ...]:
     """All sources that files, folders, globs and CSV catalogs name, sorted by name.
 
-    Folders are searched with their subfolders for the suffixes of slides. A catalog has a column `path` (relative to
-    its own folder), and may have `id`, `mpp`, `patient`; every other column is a label. A file that is missing, empty
-    or no slide, and a subfolder that cannot be read, is an entry all the same: opening it fails, and the others go on.
+    Folders are searched with their subfolders for the suffixes of slides and for OME-Zarr images. A catalog has a
+    column `path` (relative to its own folder), and may have `id`, `mpp`, `patient`; every other column is a label. A
+    file that is missing, empty or no slide, and a subfolder that cannot be read, is an entry all the same: opening it
+    fails, and the others go on.
 
     The files of a DICOM series in one folder are one source, which the first level file by name stands for, whichever
     of them is named. Folders are searched for series of whole-slide images alone: a CT is passed over.
@@ -58,7 +60,10 @@ def entries_of(src: str) -> Iterator[CatalogEntry]:
     """The entries of one SRC."""
     path = Path(src)
     if os.path.isdir(src):
-        yield from folder(path, path, src)
+        if is_ome_zarr(path):
+            yield entry(path.absolute().name, path.absolute())
+        else:
+            yield from folder(path, path, src)
     elif path.suffix.lower() == ".csv":
         yield from catalog(path)
     elif os.path.lexists(src):
@@ -79,7 +84,7 @@ def entry(name: str, path: Path) -> CatalogEntry:
 
 def file_of(path: Path) -> Path:
     """The file that stands for a slide: of a DICOM series the first level, whose folder may name it; else itself."""
-    if path.suffix.lower() in SLIDE_SUFFIXES - {DICOM}:
+    if path.suffix.lower() in SLIDE_SUFFIXES - {DICOM} or is_ome_zarr(path):
         return path
     try:
         if path.is_dir():
@@ -118,6 +123,11 @@ def folder(top: Path, base: Path, src: str) -> Iterator[CatalogEntry]:
     for here, folders, files in os.walk(top, onerror=locked.append):
         companions = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
         folders[:] = [name for name in folders if name not in companions]  # an MRXS keeps its pixels in there
+        images = [name for name in folders if is_ome_zarr(Path(here) / name)]
+        folders[:] = [name for name in folders if name not in images]
+        for name in images:
+            empty = False
+            yield entry((Path(here) / name).relative_to(base).as_posix(), Path(here) / name)
         for name in files:
             if is_slide(Path(here) / name):
                 empty = False
@@ -145,7 +155,9 @@ def matches(pattern: str) -> Iterator[CatalogEntry]:
         fixed.append(part)
     base = Path(*fixed)
     for match in map(Path, found):
-        if match.is_dir():
+        if is_ome_zarr(match):
+            yield entry(match.relative_to(base).as_posix(), match)
+        elif match.is_dir():
             if "**" not in pattern:  # ** matches every folder and its files too
                 yield from folder(match, base, os.fspath(match))
         else:

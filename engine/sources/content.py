@@ -8,6 +8,7 @@ from pathlib import Path
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import failure
+from patchmill.sources.omezarr import ATTRIBUTES, is_ome_zarr
 from patchmill.sources.series import Damaged, Header, levels_of
 
 __all__ = ["content_fingerprint", "parts"]
@@ -15,6 +16,8 @@ __all__ = ["content_fingerprint", "parts"]
 ENDS = 1 << 20  # bytes read at the start and at the end: headers and directories of nearly all formats
 SAMPLE = 64 << 10
 SAMPLES = 14  # between the ends
+MOST_FILES = 256  # of one source that are looked into: an OME-Zarr image has one per chunk
+DESCRIBING = (*ATTRIBUTES, ".zarray", ".zgroup")  # always looked into
 
 
 def content_fingerprint(
@@ -25,13 +28,16 @@ def content_fingerprint(
     Of a DICOM series, all level files, whichever of them is named; not those of labels, which are never read.
 
     Sampled: the first and the last MiB and 14 samples of 64 KiB evenly between them, of every file; files of up to
-    2.875 MiB are read whole. size: bytes of all files together. source: the id that errors name. beat: called
-    after every read.
+    2.875 MiB are read whole. Of a source of more than 256 files, names and sizes of all count, and the content of those
+    that describe the others and of every n-th. size: bytes of all files together. source: the id that errors name.
+    beat: called after every read.
     Raises SourceError, or TransientError where the storage fails.
     """
     digest, total = hashlib.sha256(), 0
     try:
-        for name, file in parts(Path(path)):
+        files = list(parts(Path(path)))
+        every = 1 if full else -(-len(files) // MOST_FILES)
+        for number, (name, file) in enumerate(files):
             status = os.stat(file)
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe would block for ever
                 raise SourceError(source, "it is no regular file", "name the slide's own file")
@@ -39,6 +45,9 @@ def content_fingerprint(
             total += size
             if name:
                 digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            if number % every and file.name not in DESCRIBING:
+                beat()
+                continue
             with open(file, "rb") as opened:
                 for offset, length in [(0, size)] if full else samples(size):
                     opened.seek(offset)
@@ -54,8 +63,14 @@ def content_fingerprint(
 def parts(path: Path) -> Iterator[tuple[str, Path]]:
     """The file itself, without a name so that renaming it changes nothing, and what lies in its companion folder.
 
+    Of an OME-Zarr image, all files in it by the names that they have there.
+
     The files of a DICOM series bear the UIDs that they hold, for the same reason. Raises OSError.
     """
+    if is_ome_zarr(path):
+        inside = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*"))
+        yield from ((name, file) for name, file in inside if file.is_file())
+        return
     levels = series(path)
     if levels:
         yield from sorted((header.uid if len(levels) > 1 else "", Path(header.path)) for header in levels)

@@ -47,7 +47,9 @@ def stage(ref: SourceRef, folder: str, beat: Callable[[], None] = lambda: None) 
 
 
 def place_of(name: str, slide: Path) -> Path:
-    """Where a further file of a source goes: beside a file of a series, below that of an MRXS."""
+    """Where a further file of a source goes: beside a file of a series, in the folder of an MRXS or an OME-Zarr."""
+    if slide.is_dir():  # OME-Zarr
+        return Path(f"slide{slide.suffix}") / name
     return Path("slide") / name if slide.suffix.lower() == ".mrxs" else Path(f"{name}{slide.suffix}")
 
 

@@ -71,6 +71,27 @@ def test_encoders_are_measured_beside_eager_and_gemm(slide, capsys, tmp_path):
     assert "no name of a PNG" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--runtime tensorrt", "--runtime: tensorrt is not installed; use onnxruntime"),
+        ("--runtime openvino --precision int8", "--runtime: openvino runs fp32, not int8; add onnxruntime"),
+        ("--size resnet", "no encoder is called 'resnet'"),
+        ("--pixels 0", "--pixels: dinov3-vits16 cannot take 0 px"),
+        ("--precision fp8", "--precision: dinov3-vits16 has no fp8 graph"),
+        ("--price -1", "--price: -1.0 is no price"),
+        ("--threads -1", "--threads: -1 cores"),
+        ("--picture no/where.png", "cannot be written; name a file in a folder that is there"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is(options, says, capsys):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    assert main(["bench", "encoder", "--size", "dinov3-vits16", *options.split()]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+
+
 def test_the_knee_is_the_smallest_batch_near_the_best():
     assert knee([1, 2, 4, 8], [10, 19.1, 19.9, 20]) == 2
     assert knee([1, 2], [20, 10]) == 1

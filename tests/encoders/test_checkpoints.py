@@ -1,6 +1,7 @@
 """Weights files: every layout comes out the same, and every bad file is one clear line."""
 
 import json
+import os
 import struct
 from dataclasses import replace
 
@@ -223,3 +224,37 @@ def test_weights_in_parts_are_read_from_all_of_them(small, small_weights, state,
     assert "safetensors" in refused(index, small)
     index.write_text("[]")
     assert "is no index of safetensors files" in refused(index, small)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_eight_bits_are_refused(dtype, small, state, tmp_path):
+    save_file(state | {"norm.bias": torch.zeros(384).to(dtype)}, tmp_path / "w.safetensors")
+    assert "is no intact safetensors file" in refused(tmp_path / "w.safetensors", small)
+
+
+def test_numbers_that_fp32_cannot_hold_are_refused_without_a_warning(small, state, tmp_path):
+    save_file(state | {"norm.bias": torch.full((384,), 1e300, dtype=torch.float64)}, tmp_path / "w.safetensors")
+    assert "norm.bias holds NaN or infinity" in refused(tmp_path / "w.safetensors", small)
+
+
+def test_periods_of_any_size_are_refused_before_they_are_read(small, state, write, tmp_path):
+    path = write(tmp_path, state, "meta")
+    changed = torch.load(path, weights_only=True)
+    changed["rope_embed.periods"] = torch.ones(1).expand(40_000, 40_000)
+    torch.save(changed, path)
+    assert "positions have another base" in refused(path, small)
+
+
+NULL, HALF = (json.dumps({"weight_map": {"a": f"no{letter}.safetensors"}}) for letter in ("\0", "\ud800"))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, NULL, HALF])
+def test_an_index_that_is_none_is_one_line(text, small, tmp_path):
+    (tmp_path / "m.safetensors.index.json").write_text(text)
+    refused(tmp_path / "m.safetensors.index.json", small)
+
+
+def test_a_part_that_is_a_pipe_is_refused(small, tmp_path):
+    os.mkfifo(tmp_path / "p.safetensors")
+    (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"a": "p.safetensors"}}')
+    assert "p.safetensors, which is no regular file" in refused(tmp_path / "m.safetensors.index.json", small)

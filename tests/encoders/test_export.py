@@ -61,6 +61,14 @@ def test_the_command_writes_it_and_says_where(tmp_path, monkeypatch, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said == {"graph": "efficientnet-lite0.onnx", "weights": "efficientnet-lite0.onnx.data"}
     assert (tmp_path / said["weights"]).stat().st_size > 10_000_000
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(b"precious")
+    for path in (weights, tmp_path, ".", "", "/"):
+        assert main(["encoders", "--export", "efficientnet-lite0", "--onnx", str(path)]) == 2
+        assert "cannot be the name of a graph" in capsys.readouterr().err
+    assert weights.read_bytes() == b"precious"
+    assert main(["encoders", "--onnx", "a.onnx"]) == 2
+    assert "it is for --export alone" in capsys.readouterr().err
     assert main(["encoders", "--export", "uni", "--check", "uni"]) == 2
     assert "--check was given too" in capsys.readouterr().err
     assert main(["encoders", "--export", "efficientnet-lite0", "--onnx", str(tmp_path / "no" / "where.onnx")]) == 2

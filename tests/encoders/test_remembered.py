@@ -65,7 +65,7 @@ def test_a_check_that_was_asked_for_is_made(judged):
     assert len(judged) == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"encoder": 3', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"encoder": 3', b"\xff\xfe", b"[" * 200_000])
 def test_a_damaged_report_is_made_anew(damage, judged, tmp_path):
     opened(SETTINGS)
     (file,) = (tmp_path / "cache" / "gates").iterdir()
@@ -75,6 +75,17 @@ def test_a_damaged_report_is_made_anew(damage, judged, tmp_path):
     assert len(judged) == 2
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     assert len(file.read_bytes()) > len(whole) // 2
+
+
+def test_a_report_that_says_something_else_is_made_anew(judged, tmp_path):
+    opened(SETTINGS)
+    (file,) = (tmp_path / "cache" / "gates").iterdir()
+    for old, new in ((b'"passed": true', b'"passed": "no"'), (b'"passed": true', b'"passed": false')):
+        whole = file.read_bytes()
+        assert old in whole
+        file.write_bytes(whole.replace(old, new))
+        opened(SETTINGS)
+    assert len(judged) == 3
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(judged, monkeypatch, tmp_path):
@@ -89,6 +100,7 @@ def test_what_was_refused_is_not_remembered(judged, monkeypatch, tmp_path):
     real = vit._rope_contrib
     monkeypatch.setattr(vit, "_rope_contrib", lambda author, x: real(author, x) if x.endswith(".k") else x)
     settings = EncodeSettings(encoder="dinov3-vits16", precision="fp32", untrained=0, threads=1, pixels=32)
+    settings = replace(settings, runtime="onnxruntime")  # whose graph it is
     for _ in range(2):
         with pytest.raises(EncoderError, match="the gate refuses fp32"):
             opened(settings)

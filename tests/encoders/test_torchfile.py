@@ -179,3 +179,40 @@ def test_every_truncation_of_a_file_is_refused(new, tmp_path):
     for length in range(0, len(whole) - 1, max(1, len(whole) // 100)):
         with pytest.raises(RefusedError):
             read(whole[:length], tmp_path)
+
+
+class Changed:
+    """Described well, and changed by the pickle's next opcode, BUILD."""
+
+    def __init__(self, **state):
+        self.state = state
+
+    def __reduce__(self):
+        storage = torch.arange(20.0).untyped_storage()
+        described = (
+            torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32),
+            0,
+            (4, 5),
+            (5, 1),
+            False,
+            {},
+        )
+        return torch._utils._rebuild_tensor_v2, described, self.state
+
+
+@both
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+@pytest.mark.parametrize("state", [{"offset": -8}, {"stride": (-64, 1)}, {"size": (10**9, 5)}, {"storage": None}])
+def test_a_tensor_is_not_changed_after_it_was_described(new, state, tmp_path):
+    """Else numbers would be cut out of memory that is not the file's."""
+    with pytest.raises(RefusedError, match="changes a tensor after it was described"):
+        read(saved({"a": Changed(**state)}, new), tmp_path)
+
+
+def test_a_description_that_is_a_bomb_is_refused_unread(tmp_path):
+    source, target = zipfile.ZipFile(io.BytesIO(saved({"a": torch.zeros(2)}, ZIP))), io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as copy:
+        for name in source.namelist():
+            copy.writestr(name, bytes(100 << 20) if name.endswith("data.pkl") else source.read(name))
+    with pytest.raises(RefusedError, match="describes more than weights can have"):
+        read(target.getvalue(), tmp_path)
