@@ -23,7 +23,7 @@ from patchmill.benchmarks.record import Record, Row, in_turns, machine, row, ver
 from patchmill.encoders import open_encoder, resolve
 from patchmill.encoders.cards import card
 from patchmill.encoders.precision import precisions as offered
-from patchmill.encoders.session import available_cores, has_openvino
+from patchmill.encoders.session import available_cores
 from patchmill.errors import UsageError
 from patchmill.types import EncodeSettings, PlanSettings
 
@@ -44,18 +44,12 @@ class Case:
     encoder: str
     pixels: int
     precision: str
-    runtime: str
     batch: int
 
     @property
     def name(self) -> str:
         """As rows call it."""
-        return f"{self.encoder} {self.kind}, {self.pixels} px, batch {self.batch}"
-
-    @property
-    def kind(self) -> str:
-        """Precision and runtime."""
-        return f"{self.precision} {self.runtime}"
+        return f"{self.encoder} {self.precision}, {self.pixels} px, batch {self.batch}"
 
 
 def bench_encoder(
@@ -63,7 +57,6 @@ def bench_encoder(
     *,
     sizes: Sequence[str] = SIZES,
     precisions: Sequence[str] = PRECISIONS,
-    runtimes: Sequence[str] = (),
     pixels: Sequence[int] = (224,),
     batches: Sequence[int] = (16,),
     rounds: int = 5,
@@ -72,16 +65,12 @@ def bench_encoder(
 ) -> Record:
     """Measure encoders with untrained weights on real tiles, in turns with the same model in PyTorch eager mode.
 
-    inputs: slides that the tiles are cut from; histology that ships with the package by default. runtimes: all that are
-    installed by default. pixels: per side of a tile. batches: tiles per call, for both. threads: cores, for both.
-    price: of an hour of this machine, in any currency. Speed does not depend on the weights' values, quality is not
-    measured.
+    inputs: slides that the tiles are cut from; histology that ships with the package by default. pixels: per side of a
+    tile. batches: tiles per call, for both. threads: cores, for both. price: of an hour of this machine, in any
+    currency. Speed does not depend on the weights' values, quality is not measured.
     """
     if price is not None and not price > 0:
         raise UsageError("--price", f"{price} is no price", "use more than 0")
-    for runtime in runtimes:
-        if runtime not in installed():
-            raise UsageError("--runtime", f"{runtime} is not installed", f"use {' or '.join(installed())}")
     asked = EncodeSettings(threads=threads, untrained=0, precision="fp32")
     for size, side in product(sizes, pixels):  # what is wrong is told before anything is measured
         resolve(replace(asked, encoder=size, pixels=side))
@@ -93,14 +82,7 @@ def bench_encoder(
         wanted = [precision for precision in precisions if precision in offered(card(size).architecture)]
         if not wanted:
             raise UsageError("--precision", f"{size} has no {', '.join(precisions)} graph", "name another precision")
-        kinds = [
-            (precision, runtime)
-            for precision, runtime in product(wanted, runtimes or installed())
-            if runtime != "openvino" or precision == "fp32"
-        ]
-        if not kinds:
-            raise UsageError("--runtime", f"openvino runs fp32, not {', '.join(wanted)}", "add onnxruntime")
-        cases = [Case(size, side, *kind, batch) for kind, batch in product(kinds, batches)]
+        cases = [Case(size, side, precision, batch) for precision, batch in product(wanted, batches)]
         found, said = _measured(cases, inputs, products, rounds, threads, price)
         rows += found
         notes += said
@@ -125,12 +107,12 @@ def _measured(
         runs: dict[str, Callable[[], float]] = {}
         encoders: dict[str, Any] = {}
         for case in cases:
-            if case.kind not in encoders:
+            if case.precision not in encoders:
                 settings = EncodeSettings(encoder=size, untrained=0, pixels=pixels, threads=threads)
-                settings = replace(settings, precision=case.precision, runtime=case.runtime)  # type: ignore[arg-type]
-                encoders[case.kind] = encoder = open_encoder(settings)
+                settings = replace(settings, precision=case.precision)  # type: ignore[arg-type]
+                encoders[case.precision] = encoder = open_encoder(settings)
                 stack.callback(encoder.close)
-            runs[case.name] = _rate_of(encoders[case.kind], tiles[: case.batch], joules[case.name])
+            runs[case.name] = _rate_of(encoders[case.precision], tiles[: case.batch], joules[case.name])
         usual = eager(size, threads)
         beside = {f"{size} eager fp32, {pixels} px, batch {batch}": batch for batch in sorted({c.batch for c in cases})}
         if usual is not None:
@@ -153,24 +135,20 @@ def _measured(
     rows += [row(name, values[name], "tiles/s", limit=limit) for name in against.values()]
     rows.append(row(f"best GEMM fp32 beside {size}, {pixels} px", best, "GFLOP/s"))
     rows.append(row(f"{size}, {pixels} px: a tile", [work], "GFLOP"))
-    for kind in encoders:
-        precision, runtime = kind.split()
-        memory = _peak_memory(size, precision, runtime, pixels, threads)
-        rows.append(_or_null(f"{size} {kind}, {pixels} px: peak memory", memory, "MiB"))
+    for precision in encoders:
+        memory = _peak_memory(size, precision, pixels, threads)
+        rows.append(_or_null(f"{size} {precision}, {pixels} px: peak memory", memory, "MiB"))
     notes = [] if usual is not None else [f"{size} in PyTorch eager was not measured: {_why_not()}"]
     if not any(joules.values()):
         notes.append("energy was not measured: this machine lets nobody read its counters")
     batches = sorted({case.batch for case in cases})
     if len(batches) > 1:
-        for kind in encoders:
-            rates = [median(values[case.name]) for case in cases if case.kind == kind]
-            notes.append(f"{size} {kind}, {pixels} px: within 5 % of its best from a batch of {knee(batches, rates)}")
+        for precision in encoders:
+            rates = [median(values[case.name]) for case in cases if case.precision == precision]
+            notes.append(
+                f"{size} {precision}, {pixels} px: within 5 % of its best from a batch of {knee(batches, rates)}"
+            )
     return rows, notes
-
-
-def installed() -> tuple[str, ...]:
-    """The runtimes that can be measured here."""
-    return ("onnxruntime", "openvino") if has_openvino() else ("onnxruntime",)
 
 
 def knee(batches: Sequence[int], rates: Sequence[float]) -> int:
@@ -216,14 +194,14 @@ def _energy() -> float | None:
     return None
 
 
-def _peak_memory(size: str, precision: str, runtime: str, pixels: int, threads: int) -> list[float]:
+def _peak_memory(size: str, precision: str, pixels: int, threads: int) -> list[float]:
     """MiB that a process of its own takes to open an encoder and embed a tile a core; none if it cannot be told."""
     code = (
         "import numpy as np\n"
         "from patchmill.encoders import open_encoder\n"
         "from patchmill.types import EncodeSettings\n"
         f"settings = EncodeSettings(encoder={size!r}, untrained=0, precision={precision!r}, pixels={pixels}, "
-        f"threads={threads}, runtime={runtime!r})\n"
+        f"threads={threads})\n"
         f"open_encoder(settings)(np.zeros(({threads}, {pixels}, {pixels}, 3), np.uint8))\n"
         "print(open('/proc/self/status').read())\n"  # not ru_maxrss, which a process inherits from its parent
     )

@@ -269,13 +269,10 @@ class EncodeSettings:
     pixels: int | None = None  # per side of the encoder's input; None is the encoder's own
     batch: int = 16  # tiles per batch
     threads: int | None = None  # cores for the encoder; None is all
-    runtime: Literal["auto", "onnxruntime", "openvino"] = "auto"  # provenance, not identity
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise UsageError("--batch", f"{self.batch} tiles are no batch", "use 1 or more")
-        if self.runtime not in ("auto", "onnxruntime", "openvino"):
-            raise UsageError("--runtime", f"no runtime is called {self.runtime!r}", "use auto, onnxruntime or openvino")
         if self.threads is not None and self.threads < 1:
             raise UsageError("--threads", f"{self.threads} cores cannot run an encoder", "use 1 or more")
 

@@ -36,10 +36,6 @@ EncoderKey = Annotated[
 Output = Annotated[str | None, typer.Option(help="cls or mean, where the encoder has both; its first by default")]
 Weights = Annotated[Path | None, typer.Option(help="weights file: safetensors, the index of several, or .pth")]
 Sources = Annotated[list[str], typer.Argument(metavar="SRC...", help="slides, folders, globs or CSV catalogs")]
-Runtime = Annotated[
-    Literal["auto", "onnxruntime", "openvino"],
-    typer.Option(help="auto: openvino for fp32, if it is installed; else onnxruntime"),
-]
 Mpp = Annotated[float, typer.Option(help="micrometres per tile pixel")]
 TileSide = Annotated[int, typer.Option("--tile", help="pixels per side of a tile")]
 Overlap = Annotated[int, typer.Option(help="pixels shared with the next tile")]
@@ -93,7 +89,6 @@ def embed(
     workers: Annotated[int, typer.Option(help="worker processes; 0 runs in this process")] = 1,
     batch: Annotated[int, typer.Option(help="tiles per batch")] = _encode.batch,
     threads: Annotated[int | None, typer.Option(help="cores for each worker's encoder; all by default")] = None,
-    runtime: Runtime = "auto",
     hash: Annotated[Literal["sampled", "full"], typer.Option(help="fingerprint of a source's content")] = "sampled",
     retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="try them again")] = False,
     as_json: Json = False,
@@ -117,7 +112,6 @@ def embed(
                 pixels=pixels,
                 batch=batch,
                 threads=threads,
-                runtime=runtime,
             ),
             run=RunSettings(
                 workers=workers,
@@ -298,7 +292,6 @@ def encoders(
     weights: Weights = None,
     precision: Annotated[Literal["auto", "fp32", "fp16", "int8"], typer.Option()] = "auto",
     pixels: Annotated[int | None, typer.Option(help="per side of the input; the encoder's own by default")] = None,
-    runtime: Runtime = "auto",
     untrained: Annotated[int | None, typer.Option(metavar="SEED")] = None,
     as_json: Json = False,
 ) -> int:
@@ -321,10 +314,7 @@ def encoders(
         precision=precision,
         pixels=pixels,
         untrained=untrained,
-        runtime=runtime,
     )
-    if export is not None and runtime != "auto":
-        raise UsageError("--runtime", "a graph is written for all runtimes", "leave it out")
     if export is not None:
         if precision == "auto":
             settings = replace(settings, precision="fp32")

@@ -34,7 +34,6 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
-    "openvino",
     "zarr",
     "dask",
     "openslide-python",

@@ -16,7 +16,7 @@ from patchmill.encoders.graph import Model
 from patchmill.encoders.layout import untrained
 from patchmill.encoders.precision import Precision, precisions
 from patchmill.encoders.remembered import gate_key, recall, remember
-from patchmill.encoders.session import CpuEncoder, Runtime, has_openvino, release_freed_memory
+from patchmill.encoders.session import CpuEncoder, release_freed_memory
 from patchmill.encoders.vit import Target
 from patchmill.encoders.weights import find, locate, sha256_of
 from patchmill.errors import EncoderError
@@ -212,22 +212,9 @@ def _judged(
 
 
 def _opened(spec: EncoderSpec, weights: Mapping[str, np.ndarray], settings: EncodeSettings) -> tuple[CpuEncoder, Model]:
-    """The encoder in its runtime, and its graph. Raises EncoderError."""
-    runtime = _runtime(spec, settings)
-    model = _graph(spec, weights, plain=runtime == "openvino")
-    return CpuEncoder(spec, model, settings.threads, runtime=runtime), model
-
-
-def _runtime(spec: EncoderSpec, settings: EncodeSettings) -> Runtime:
-    """auto: OpenVINO where it is installed and faster, which is fp32: see docs/benchmarks.md."""
-    if settings.runtime == "onnxruntime":
-        return "onnxruntime"
-    if spec.precision == "fp32" and (settings.runtime == "openvino" or has_openvino()):
-        return "openvino"
-    if settings.runtime == "openvino":
-        wrong = f"openvino runs fp32 here, not {spec.precision}"
-        raise EncoderError("--runtime", wrong, "use --precision fp32, or --runtime onnxruntime")
-    return "onnxruntime"
+    """The encoder and its graph. Raises EncoderError."""
+    model = _graph(spec, weights)
+    return CpuEncoder(spec, model, settings.threads), model
 
 
 def _precisions_to_try(settings: EncodeSettings) -> list[tuple[Precision, str]]:

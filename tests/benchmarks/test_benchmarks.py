@@ -46,13 +46,13 @@ def test_operations_are_those_that_torch_counts(width, depth, heads, name):
 
 def test_encoders_are_measured_beside_eager_and_gemm(slide, capsys, tmp_path):
     command = ["bench", "encoder", "--size", "dinov3-vits16", "--rounds", "1", "--batch", "2", "--json"]
-    command += ["--runtime", "onnxruntime", "--price", "3"]
+    command += ["--price", "3"]
     picture = tmp_path / "sizes.png"
     assert main([*command, "--input", str(slide), "--picture", str(picture)]) == 0
     rows = {(row["case"], row["unit"]): row for row in json.loads(capsys.readouterr().out)["rows"]}
     eager = "dinov3-vits16 eager fp32, 224 px, batch 2"
     rates = {case: row for (case, unit), row in rows.items() if unit == "tiles/s"}
-    ours = {f"dinov3-vits16 {kind} onnxruntime, 224 px, batch 2" for kind in ("fp32", "int8")}
+    ours = {f"dinov3-vits16 {kind}, 224 px, batch 2" for kind in ("fp32", "int8")}
     assert rates.keys() == {*ours, eager}
     for name, row in rates.items():
         assert row["value"] > 0
@@ -64,7 +64,7 @@ def test_encoders_are_measured_beside_eager_and_gemm(slide, capsys, tmp_path):
     assert hours == pytest.approx(1e6 / rates[fp32]["value"] / 3600)
     assert rows[f"{fp32}: a million tiles", "price"]["value"] == pytest.approx(3 * hours)
     assert rows[f"{fp32}: a batch", "ms"]["value"] == pytest.approx(2000 / rates[fp32]["value"])
-    assert rows["dinov3-vits16 fp32 onnxruntime, 224 px: peak memory", "MiB"]["value"] > 100
+    assert rows["dinov3-vits16 fp32, 224 px: peak memory", "MiB"]["value"] > 100
     with Image.open(picture) as drawn:
         assert drawn.width > 500
     assert main([*command, "--picture", str(tmp_path / "sizes.jpg")]) == 2
@@ -74,8 +74,6 @@ def test_encoders_are_measured_beside_eager_and_gemm(slide, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("--runtime tensorrt", "--runtime: tensorrt is not installed; use onnxruntime"),
-        ("--runtime openvino --precision int8", "--runtime: openvino runs fp32, not int8; add onnxruntime"),
         ("--size resnet", "no encoder is called 'resnet'"),
         ("--pixels 0", "--pixels: dinov3-vits16 cannot take 0 px"),
         ("--precision fp8", "--precision: dinov3-vits16 has no fp8 graph"),
@@ -85,11 +83,19 @@ def test_encoders_are_measured_beside_eager_and_gemm(slide, capsys, tmp_path):
     ],
 )
 def test_what_cannot_be_measured_is_told_before_anything_is(options, says, capsys):
-    pytest.importorskip("openvino", reason="openvino is not installed")
     assert main(["bench", "encoder", "--size", "dinov3-vits16", *options.split()]) == 2
     said = capsys.readouterr().err
     assert says in said
     assert said.count("\n") == 1
+
+
+def test_every_batch_and_unit_has_its_row():
+    record = bench_encoder(sizes=["dinov3-vits16"], precisions=["fp32", "int8"], pixels=(32,), batches=(1, 4), rounds=1)
+    measured = {row.case for row in record.rows if row.unit == "tiles/s"}
+    kinds = ("fp32", "int8", "eager fp32")
+    assert measured == {f"dinov3-vits16 {kind}, 32 px, batch {batch}" for kind in kinds for batch in (1, 4)}
+    assert {row.unit for row in record.rows} == {"tiles/s", "ms", "h", "Wh", "GFLOP/s", "GFLOP", "MiB"}
+    assert any("within 5 % of its best from a batch of" in note for note in record.notes)
 
 
 def test_the_knee_is_the_smallest_batch_near_the_best():

@@ -100,7 +100,6 @@ def test_what_was_refused_is_not_remembered(judged, monkeypatch, tmp_path):
     real = vit._rope_contrib
     monkeypatch.setattr(vit, "_rope_contrib", lambda author, x: real(author, x) if x.endswith(".k") else x)
     settings = EncodeSettings(encoder="dinov3-vits16", precision="fp32", untrained=0, threads=1, pixels=32)
-    settings = replace(settings, runtime="onnxruntime")  # whose graph it is
     for _ in range(2):
         with pytest.raises(EncoderError, match="the gate refuses fp32"):
             opened(settings)
