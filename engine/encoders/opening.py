@@ -127,7 +127,7 @@ def _identity(chosen: Card, settings: EncodeSettings) -> str:
 def open_encoder(settings: EncodeSettings) -> CpuEncoder:
     """Open an encoder at a concrete precision, without the gate. Works in any process. Raises EncoderError."""
     spec = resolve(settings)
-    encoder = _opened(spec, _weights(settings), settings)[0]
+    encoder = CpuEncoder(spec, _graph(spec, _weights(settings)), settings.threads)
     release_freed_memory()
     return encoder
 
@@ -195,7 +195,8 @@ def _judged(
     why: str,
     afresh: bool,
 ) -> tuple[CpuEncoder, GateReport]:
-    encoder, model = _opened(spec, weights, settings)
+    model = _graph(spec, weights)
+    encoder = CpuEncoder(spec, model, settings.threads)
     try:
         key = gate_key(spec, model, encoder.provenance)
         del model  # the runtime has its own copy of the weights
@@ -209,12 +210,6 @@ def _judged(
     except EncoderError:
         encoder.close()
         raise
-
-
-def _opened(spec: EncoderSpec, weights: Mapping[str, np.ndarray], settings: EncodeSettings) -> tuple[CpuEncoder, Model]:
-    """The encoder and its graph. Raises EncoderError."""
-    model = _graph(spec, weights)
-    return CpuEncoder(spec, model, settings.threads), model
 
 
 def _precisions_to_try(settings: EncodeSettings) -> list[tuple[Precision, str]]:

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from patchmill.cli import main
 from patchmill.encoders import export, open_encoder
-from patchmill.encoders.graph import Model
 from patchmill.errors import EncoderError
 from patchmill.types import EncodeSettings
 
@@ -34,7 +33,7 @@ def test_the_file_gives_the_same_vectors_in_any_runtime(tmp_path, oracle):
     encoder.close()
 
 
-def test_a_vit_is_written_in_standard_operators(tmp_path, oracle, small, monkeypatch):
+def test_a_vit_is_written_in_standard_operators(tmp_path, oracle):
     settings = EncodeSettings(encoder="dinov3-vits16", untrained=0, precision="fp16", pixels=32)
     export(settings, tmp_path / "s.onnx")
     model = onnx.load(tmp_path / "s.onnx", load_external_data=False)
@@ -87,7 +86,6 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(EncoderError, match="No space left"):
         export(replace(LITE, pixels=64), path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-    assert isinstance(Model, type)
 
 
 MEASURE = """
