@@ -46,13 +46,13 @@ def _stem(g: Graph, arch: ConvNeXt, weights: Weights, pixels: int) -> str:
 
 
 def _block(g: Graph, arch: ConvNeXt, weights: Weights, x: str, block: str, width: int, precision: Precision) -> str:
-    """x + scale * fc2(gelu(fc1(norm(depthwise(x))))); the scale is folded, but in fp16, where it could be too small."""
+    """x + scale * fc2(gelu(fc1(norm(depthwise(x))))); the scale is folded, where it cannot get too small."""
     y = _conv(g, weights, x, f"{block}.depthwise", precision, kernel_shape=[7, 7], pads=[3] * 4, group=width)
     y = norm(g, weights, y, f"{block}.norm", arch.eps)
     y = linear(g, y, weights[f"{block}.fc1.weight"], weights[f"{block}.fc1.bias"], f"{block}.fc1", precision)
     y = g.op("Gelu", y, name=f"{block}.gelu")
     weight, bias, scale = (weights[f"{block}.{part}"] for part in ("fc2.weight", "fc2.bias", "scale"))
-    if precision == "fp16":
+    if inner(precision) != np.float32:
         y = g.cast(linear(g, y, weight, bias, f"{block}.fc2", precision, narrow=False), np.float32)
         y = g.op("Mul", y, g.constant(f"{block}.scale", scale), name=f"{block}.scaled")
     else:
@@ -64,8 +64,8 @@ def _conv(g: Graph, weights: Weights, x: str, name: str, precision: Precision, *
     """A convolution of a map [B, h, w, c], with its result in fp32."""
     dtype = inner(precision)
     x = g.op("Transpose", x, name=f"{name}.channels", perm=[0, 3, 1, 2])
-    x = g.cast(x, dtype) if precision == "fp16" else x
+    x = g.cast(x, dtype) if dtype != np.float32 else x
     parts = (g.constant(f"{name}.{part}", weights[f"{name}.{part}"].astype(dtype)) for part in ("weight", "bias"))
     x = g.op("Conv", x, *parts, name=name, **attributes)
-    x = g.cast(x, np.float32) if precision == "fp16" else x
+    x = g.cast(x, np.float32) if dtype != np.float32 else x
     return g.op("Transpose", x, name=f"{name}.last", perm=[0, 2, 3, 1])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, Float64
 
@@ -17,7 +18,8 @@ Weights = Mapping[str, np.ndarray]
 
 def inner(precision: Precision) -> type[np.generic]:
     """dtype between the norms; the residual stream and every norm stay in fp32."""
-    return np.float16 if precision == "fp16" else np.float32
+    half: dict[Precision, type[np.generic]] = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+    return half.get(precision, np.float32)
 
 
 def patches(
@@ -53,16 +55,16 @@ def linear(
     precision: Precision,
     narrow: bool = True,
 ) -> str:
-    """y = x W^T + b in a precision. narrow: whether x is still fp32 and has to be cast for fp16."""
+    """y = x W^T + b in a precision. narrow: whether x is still fp32 and has to be cast to half."""
     if precision == "int8":
         values, scale = quantised(weight.T)
         matrices = (g.constant(f"{name}.weight", values), g.constant(f"{name}.scale", scale))
         # The empty name stands for the weights' zero point: none, they are symmetric.
         inputs = (x, *matrices, *(("", g.constant(f"{name}.bias", bias)) if bias is not None else ()))
         return g.op("DynamicQuantizeMatMul", *inputs, name=name, domain=CONTRIB)
-    if precision == "fp16" and narrow:
-        x = g.cast(x, np.float16)
     dtype = inner(precision)
+    if dtype != np.float32 and narrow:
+        x = g.cast(x, dtype)
     y = g.op("MatMul", x, g.constant(f"{name}.weight", weight.T.astype(dtype)), name=f"{name}.matmul")
     return y if bias is None else g.op("Add", y, g.constant(f"{name}.bias", bias.astype(dtype)), name=name)
 

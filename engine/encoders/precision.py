@@ -9,7 +9,7 @@ from patchmill.encoders.cards import Architecture, EfficientNetLite
 
 __all__ = ["Precision", "precisions", "quantised"]
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 # Levels of int8 weights on each side of zero. On AVX2 without VNNI the products of two activations (0..255) and two
 # weights are added in int16, which saturates above 64 levels: the result would depend on the model of CPU.
 LEVELS = 64

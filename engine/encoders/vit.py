@@ -35,7 +35,7 @@ class _Author:
 
     @property
     def half(self) -> bool:
-        return self.precision == "fp16"
+        return self.inner != np.float32
 
     @property
     def inner(self) -> type[np.generic]:
@@ -128,7 +128,7 @@ def _attend_plain(author: _Author, q: str, k: str, v: str, block: str) -> str:
         scores = g.cast(scores, np.float32)
     share = g.op("Softmax", scores, name=f"{block}.softmax", axis=-1)
     if author.half:
-        share = g.cast(share, np.float16)
+        share = g.cast(share, author.inner)
     y = g.op("MatMul", share, v, name=f"{block}.attended")  # [B, h, T, d]
     y = g.op("Transpose", y, name=f"{block}.last", perm=[0, 2, 1, 3])  # [B, T, h, d]
     return g.op("Reshape", y, g.ints("heads.join", 0, author.tokens, author.arch.width), name=f"{block}.joined")
@@ -152,7 +152,7 @@ def _mlp(author: _Author, x: str, block: str) -> str:
 def _residual(author: _Author, x: str, y: str, linear: str, scale: str) -> str:
     """x + scale * linear(y), or x + linear(y) where there is no layer scale. [B, T, D]
 
-    The layer scale is folded into the weights; but in fp16, where a small scale would push them below the
+    The layer scale is folded into the weights; but in half precision, where a small scale would push them below the
     normal range, it is applied in fp32.
     """
     g = author.graph
