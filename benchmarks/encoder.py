@@ -71,7 +71,7 @@ def bench_encoder(
     """
     if price is not None and not price > 0:
         raise UsageError("--price", f"{price} is no price", "use more than 0")
-    asked = EncodeSettings(threads=threads, untrained=0, precision="fp32")
+    asked = EncodeSettings(threads=threads, untrained=0, precision="fp32", runtime="cpu")
     for size, side in product(sizes, pixels):  # what is wrong is told before anything is measured
         resolve(replace(asked, encoder=size, pixels=side))
     threads = threads or available_cores()
@@ -108,7 +108,7 @@ def _measured(
         encoders: dict[str, Any] = {}
         for case in cases:
             if case.precision not in encoders:
-                settings = EncodeSettings(encoder=size, untrained=0, pixels=pixels, threads=threads)
+                settings = EncodeSettings(encoder=size, untrained=0, pixels=pixels, threads=threads, runtime="cpu")
                 settings = replace(settings, precision=case.precision)  # type: ignore[arg-type]
                 encoders[case.precision] = encoder = open_encoder(settings)
                 stack.callback(encoder.close)
@@ -201,7 +201,7 @@ def _peak_memory(size: str, precision: str, pixels: int, threads: int) -> list[f
         "from patchmill.encoders import open_encoder\n"
         "from patchmill.types import EncodeSettings\n"
         f"settings = EncodeSettings(encoder={size!r}, untrained=0, precision={precision!r}, pixels={pixels}, "
-        f"threads={threads})\n"
+        f"threads={threads}, runtime='cpu')\n"
         f"open_encoder(settings)(np.zeros(({threads}, {pixels}, {pixels}, 3), np.uint8))\n"
         "print(open('/proc/self/status').read())\n"  # not ru_maxrss, which a process inherits from its parent
     )

@@ -20,7 +20,12 @@ from patchmill.types import SourceRef
 def encoding(job: dict[str, Any]) -> EncodeSettings:
     """Untrained, from seed 0; the same architecture as the others', in values of its own."""
     return EncodeSettings(
-        encoder="dinov3-vits16", untrained=0, precision="fp32", batch=job["batch"], threads=job["threads"]
+        encoder="dinov3-vits16",
+        untrained=0,
+        precision="fp32",
+        runtime="cpu",
+        batch=job["batch"],
+        threads=job["threads"],
     )
 
 

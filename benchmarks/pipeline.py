@@ -37,13 +37,13 @@ def bench_pipeline(
     reports: dict[str, RunReport] = {}
     with TemporaryDirectory() as folder:
         slides = slides_of(list(inputs), Path(folder), tiles)
-        pixels = tiles_of(slides, 8 * settings.batch, PlanSettings())
         alone = open_encoder(settings)
+        pixels = tiles_of(slides, 8 * alone.batch, PlanSettings())
 
         def encode() -> float:
             start = time.perf_counter()
-            for first in range(0, len(pixels), settings.batch):
-                alone(pixels[first : first + settings.batch])
+            for first in range(0, len(pixels), alone.batch):
+                alone(pixels[first : first + alone.batch])
             return len(pixels) / (time.perf_counter() - start)
 
         def embed(encode: EncodeSettings, doors: Doors | None, name: str) -> Callable[[], float]:

@@ -231,7 +231,7 @@ class EncoderSpec:
     architecture: Mapping[str, Any]  # the JSON-able facts that the graph is authored from
     weights: str  # sha256 of the weights' content, or "untrained:SEED"
     view: View
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
     outputs: Mapping[str, int]  # name -> width, the one that probes use by default first: {"cls": 384, "mean": 384}
     license: str
 
@@ -265,23 +265,26 @@ class EncodeSettings:
     encoder: str = "dinov3-vits16"
     weights: str | None = None  # a file; None searches the cache of Hugging Face and PATCHMILL_WEIGHTS
     untrained: int | None = None  # a seed: random weights, for throughput only
-    precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
+    precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"
+    runtime: Literal["auto", "cpu", "torch", "cuda", "tensorrt"] = "auto"  # see patchmill.encoders.runtimes
     pixels: int | None = None  # per side of the encoder's input; None is the encoder's own
-    batch: int = 16  # tiles per batch
-    threads: int | None = None  # cores for the encoder; None is all
+    batch: int | None = None  # tiles per batch; None is what suits the runtime
+    threads: int | None = None  # cores for an encoder on the CPU; None is all
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
+        if self.batch is not None and self.batch < 1:
             raise UsageError("--batch", f"{self.batch} tiles are no batch", "use 1 or more")
         if self.threads is not None and self.threads < 1:
             raise UsageError("--threads", f"{self.threads} cores cannot run an encoder", "use 1 or more")
 
 
 class Encoder(Protocol):
-    """An encoder that is open: a spec and a function from pixels to vectors. Called from one thread at a time."""
+    """An encoder that is open: a spec and a function from pixels to vectors, for up to `parallel` threads at a time."""
 
     spec: EncoderSpec
     provenance: Mapping[str, str]  # runtime, provider, versions, model of the device; stored with every shard
+    batch: int  # tiles per call that suit it
+    parallel: int  # calls at a time that suit it: two keep a GPU busy while the vectors of one are taken away
 
     def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> Mapping[str, Float[np.ndarray, "b d"]]:
         """One fp32 vector per tile and output. A tile's vectors depend on its own pixels alone."""

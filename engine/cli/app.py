@@ -53,6 +53,11 @@ Reader = Annotated[
     Literal["auto", "dicom", "omezarr", "openslide", "tiff"],
     typer.Option(help="who decodes; auto chooses for each file and names it"),
 ]
+Precision = Annotated[Literal["auto", "fp32", "fp16", "bf16", "int8"], typer.Option(help="auto asks the gate")]
+Runtime = Annotated[
+    Literal["auto", "cpu", "torch", "cuda", "tensorrt"],
+    typer.Option(help="what runs the encoder; auto takes a GPU where torch or ONNX Runtime can use it"),
+]
 MppOverride = Annotated[float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")]
 
 
@@ -62,7 +67,8 @@ def embed(
     archive: Annotated[Path, typer.Option(help="the archive's folder; made if it is not there")],
     encoder: Annotated[str, typer.Option(help="see patchmill encoders")] = _encode.encoder,
     weights: Weights = None,
-    precision: Annotated[Literal["auto", "fp32", "fp16", "int8"], typer.Option(help="auto asks the gate")] = "auto",
+    precision: Precision = "auto",
+    runtime: Runtime = "auto",
     untrained: Annotated[
         int | None, typer.Option(metavar="SEED", help="random weights from this seed, for throughput only")
     ] = None,
@@ -87,7 +93,7 @@ def embed(
     mpp_override: MppOverride = None,
     new_plan: Annotated[bool, typer.Option("--new-plan", help="add a second plan to the archive")] = False,
     workers: Annotated[int, typer.Option(help="worker processes; 0 runs in this process")] = 1,
-    batch: Annotated[int, typer.Option(help="tiles per batch")] = _encode.batch,
+    batch: Annotated[int | None, typer.Option(help="tiles per batch; by default what suits the runtime")] = None,
     threads: Annotated[int | None, typer.Option(help="cores for each worker's encoder; all by default")] = None,
     hash: Annotated[Literal["sampled", "full"], typer.Option(help="fingerprint of a source's content")] = "sampled",
     retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="try them again")] = False,
@@ -109,6 +115,7 @@ def embed(
                 weights=str(weights.absolute()) if weights else None,
                 untrained=untrained,
                 precision=precision,
+                runtime=runtime,
                 pixels=pixels,
                 batch=batch,
                 threads=threads,
@@ -290,7 +297,8 @@ def encoders(
     export: Annotated[str | None, typer.Option(metavar="NAME", help="write the ONNX graph of one encoder")] = None,
     onnx: Annotated[Path | None, typer.Option(help="file for --export; NAME.onnx by default")] = None,
     weights: Weights = None,
-    precision: Annotated[Literal["auto", "fp32", "fp16", "int8"], typer.Option()] = "auto",
+    precision: Precision = "auto",
+    runtime: Runtime = "auto",
     pixels: Annotated[int | None, typer.Option(help="per side of the input; the encoder's own by default")] = None,
     untrained: Annotated[int | None, typer.Option(metavar="SEED")] = None,
     as_json: Json = False,
@@ -312,6 +320,7 @@ def encoders(
         encoder=name,
         weights=str(weights) if weights else None,
         precision=precision,
+        runtime=runtime,
         pixels=pixels,
         untrained=untrained,
     )

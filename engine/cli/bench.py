@@ -37,6 +37,7 @@ def bench_encoder(
     from patchmill.benchmarks.encoder import PRECISIONS, SIZES
     from patchmill.benchmarks.encoder import bench_encoder as measure
     from patchmill.benchmarks.plot import check_picture, plot_encoders
+    from patchmill.encoders.session import BATCH
 
     if picture is not None:
         check_picture(picture)
@@ -45,7 +46,7 @@ def bench_encoder(
         sizes=size or SIZES,
         precisions=precision or PRECISIONS,
         pixels=pixels or (_plan.tile,),
-        batches=sorted(set(batch or (_encode.batch,))),
+        batches=sorted(set(batch or (BATCH,))),
         rounds=rounds,
         threads=threads,
         price=price,

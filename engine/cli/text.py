@@ -111,7 +111,7 @@ def encoders_text(cards: Iterable[EncoderCard]) -> str:
 
 def gate_text(name: str, report: GateReport) -> str:
     """A gate's verdict."""
-    return f"{name} {report.precision}: {report.text()}"
+    return f"{name} {report.precision} ({report.why}) by {report.on}: {report.text()}"
 
 
 def demo_text(demo: Demo) -> str:

@@ -25,7 +25,7 @@ def build(arch: ConvNeXt, weights: Weights, pixels: int, *, precision: Precision
     map's average. int8: the products; convolutions stay in fp32.
     """
     g = Graph(arch.family)
-    x = _stem(g, arch, weights, pixels)  # maps are [B, h, w, c], but for the convolutions
+    x = _stem(g, arch, weights, pixels, precision)  # maps are [B, h, w, c], but for the convolutions
     for stage, (depth, width) in enumerate(zip(arch.depths, arch.widths, strict=True)):
         if stage:
             x = norm(g, weights, x, f"stages.{stage}.norm", arch.eps)
@@ -37,9 +37,9 @@ def build(arch: ConvNeXt, weights: Weights, pixels: int, *, precision: Precision
     return g.finish({"pixels": ["B", pixels, pixels, 3]}, {"cls": ["B", arch.widths[-1]]})
 
 
-def _stem(g: Graph, arch: ConvNeXt, weights: Weights, pixels: int) -> str:
+def _stem(g: Graph, arch: ConvNeXt, weights: Weights, pixels: int, precision: Precision) -> str:
     """Patches of 4 px to channels, then a norm."""
-    x, bias = patches(g, weights, "stages.0.down", pixels, (arch.mean, arch.std))
+    x, bias = patches(g, weights, "stages.0.down", pixels, (arch.mean, arch.std), precision)
     x = g.op("Add", x, g.constant("stem.bias", bias.astype(np.float32)), name="stem")
     x = g.op("Reshape", x, g.ints("stem.map", 0, pixels // 4, pixels // 4, arch.widths[0]), name="stem.square")
     return norm(g, weights, x, "stages.0.norm", arch.eps)

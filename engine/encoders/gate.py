@@ -38,12 +38,15 @@ class Thresholds:
 # fp32: fusing and reordering sums moves vectors by 1e-6 to 2e-5 of their spread (S, B, L and EfficientNet);
 #       1e-3 is far above that noise and far below any mistake. A neighbour may swap where two are equally near.
 # fp16: rounding at 2^-11 in 12 to 24 blocks moves them by about 1e-3; ten times that is no longer rounding.
+# bf16: the same in rounding at 2^-8, eight times as coarse: about 1e-2. It is for weights whose activations leave
+#       fp16's range, where fp16 gives no number at all.
 # int8: 8 bits per tile and layer give 0.06 and a least cosine of 0.994 on random weights; trained ones have larger
 #       outliers. Below 0.97, or with more than one neighbour in ten replaced, retrieval is no longer that of the
 #       model that was asked for.
 THRESHOLDS: Mapping[str, Thresholds] = {
     "fp32": Thresholds(cosine=0.9999, overlap=0.99, error=1e-3),
     "fp16": Thresholds(cosine=0.999, overlap=0.97, error=0.02),
+    "bf16": Thresholds(cosine=0.99, overlap=0.93, error=0.1),
     "int8": Thresholds(cosine=0.97, overlap=0.90, error=0.2),
 }
 
@@ -61,9 +64,10 @@ class GateReport:
     overlap: float
     error_max: float
     finite: bool
-    batch_equal: bool  # a tile alone gives the same bytes as in a full batch
+    batch_equal: bool  # a tile gives the same bytes alone and at several places of a full batch
     thresholds: Mapping[str, float]
     tiles_per_second: float
+    on: str = ""  # runtime and device
 
     def text(self) -> str:
         """The figures in one line."""
@@ -101,14 +105,19 @@ def judge(encoder: Encoder, reference: Vectors, why: str = "") -> GateReport:
     """Compare an open encoder with the reference on the gate's tiles, and its single tiles with its full batch."""
     spec = encoder.spec
     tiles, limits = gate_tiles(spec.view.pixels), THRESHOLDS[spec.precision]
+    full = np.resize(tiles, (max(encoder.batch, len(tiles)), *tiles.shape[1:]))  # over and over, to fill a batch
     encoder(tiles[:4])  # warm up
     start = time.perf_counter()
-    found = encoder(tiles)
+    whole = encoder(full)
     seconds = time.perf_counter() - start
+    found = {name: vectors[: len(tiles)] for name, vectors in whole.items()}
     alone = [encoder(tiles[row : row + 1]) for row in range(0, len(tiles), 8)]
     batch_equal = all(
-        np.array_equal(single[name][0], found[name][row], equal_nan=True)
-        for row, single in zip(range(0, len(tiles), 8), alone, strict=True)
+        np.array_equal(np.resize(found[name], whole[name].shape), whole[name], equal_nan=True)
+        and all(
+            np.array_equal(single[name][0], found[name][row], equal_nan=True)
+            for row, single in zip(range(0, len(tiles), 8), alone, strict=True)
+        )
         for name in found
     )
     finite = all(bool(np.isfinite(vectors).all()) for vectors in found.values())
@@ -126,14 +135,15 @@ def judge(encoder: Encoder, reference: Vectors, why: str = "") -> GateReport:
         finite=finite,
         batch_equal=batch_equal,
         thresholds=asdict(limits),
-        tiles_per_second=len(tiles) / seconds,
+        tiles_per_second=len(full) / seconds,
+        on=" on ".join(encoder.provenance[part] for part in ("runtime", "device") if part in encoder.provenance),
     )
 
 
 def refusal(report: GateReport) -> EncoderError:
     """The error for a report that did not pass, with its figures."""
     wrong = f"the gate refuses {report.precision} on this machine: {report.text()}"
-    do = "try another version of onnxruntime" if report.precision == "fp32" else "use --precision fp32"
+    do = "use another --runtime, or another version of it" if report.precision == "fp32" else "use --precision fp32"
     return EncoderError(report.encoder, wrong, do)
 
 

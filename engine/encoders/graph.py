@@ -51,6 +51,17 @@ class Model:
             os.replace(Path(folder) / "data", data)
             os.replace(Path(folder) / "graph", path)
 
+    def float_first(self) -> "Model":
+        """The same graph for runtimes that take uint8 only to convert it, such as TensorRT: it is converted first."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        (pixels,) = (value.name for value in proto.graph.input)
+        first = f"{pixels}.first"
+        for node in proto.graph.node:
+            node.input[:] = [first if name == pixels else name for name in node.input]
+        proto.graph.node.insert(0, helper.make_node("Cast", [pixels], [first], name=first, to=TensorProto.FLOAT))
+        return Model(proto, self.arrays)
+
     def embedded(self) -> onnx.ModelProto:
         """The same graph in one piece, to be checked, or saved with `onnx.save_model`."""
         whole = onnx.ModelProto()

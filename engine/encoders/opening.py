@@ -16,11 +16,12 @@ from patchmill.encoders.graph import Model
 from patchmill.encoders.layout import untrained
 from patchmill.encoders.precision import Precision, precisions
 from patchmill.encoders.remembered import gate_key, recall, remember
+from patchmill.encoders.runtimes import RUNS, Runtime, runtime_for
 from patchmill.encoders.session import CpuEncoder, release_freed_memory
 from patchmill.encoders.vit import Target
 from patchmill.encoders.weights import find, locate, sha256_of
 from patchmill.errors import EncoderError
-from patchmill.types import EncoderSpec, EncodeSettings, View
+from patchmill.types import Encoder, EncoderSpec, EncodeSettings, View
 
 __all__ = ["EncoderCard", "export", "known", "open_encoder", "open_gated", "resolve"]
 
@@ -124,12 +125,25 @@ def _identity(chosen: Card, settings: EncodeSettings) -> str:
     return found
 
 
-def open_encoder(settings: EncodeSettings) -> CpuEncoder:
+def open_encoder(settings: EncodeSettings) -> Encoder:
     """Open an encoder at a concrete precision, without the gate. Works in any process. Raises EncoderError."""
     spec = resolve(settings)
-    encoder = CpuEncoder(spec, _graph(spec, _weights(settings)), settings.threads)
+    runtime, _ = runtime_for(settings.runtime, spec.precision)
+    encoder = _opened(spec, _graph(spec, _weights(settings), plain=runtime == "tensorrt"), runtime, settings)
     release_freed_memory()
     return encoder
+
+
+def _opened(spec: EncoderSpec, model: Model, runtime: Runtime, settings: EncodeSettings) -> Encoder:
+    if runtime == "cpu":
+        return CpuEncoder(spec, model, settings.threads, batch=settings.batch)
+    if runtime == "torch":
+        from patchmill.encoders.torchsession import TorchEncoder  # torch takes seconds, and need not be installed
+
+        return TorchEncoder(spec, model, batch=settings.batch)
+    from patchmill.encoders.cudasession import CudaEncoder
+
+    return CudaEncoder(spec, model, runtime, batch=settings.batch)
 
 
 def export(settings: EncodeSettings, path: Path) -> None:
@@ -149,21 +163,24 @@ def export(settings: EncodeSettings, path: Path) -> None:
         raise EncoderError(str(path), f"cannot be written ({error.strerror})", "name another file") from error
 
 
-def open_gated(settings: EncodeSettings, *, afresh: bool = False) -> tuple[CpuEncoder, GateReport]:
+def open_gated(settings: EncodeSettings, *, afresh: bool = False) -> tuple[Encoder, GateReport]:
     """Open an encoder that has passed the execution gate on this machine, and the gate's report.
 
-    "auto" takes int8 where the encoder has it, its weights are trained and the gate lets it pass, else fp32; the
-    report's `why` says which and for what reason. afresh: do not take the word of an earlier gate on this machine.
-    Raises EncoderError if a precision does not pass.
+    The runtime is chosen first, see runtimes.py. Then "auto" takes the fastest precision that the gate lets pass: of
+    fp16, bf16, fp32 on a GPU, of int8 and fp32 on a CPU, where int8 needs trained weights to be judged by. The
+    report's `why` says what was taken and for what reason. afresh: do not take the word of an earlier gate on this
+    machine. Raises EncoderError if a precision does not pass.
     """
-    encoder, report = _first_that_passes(settings, _precisions_to_try(settings), afresh)
+    runtime, why = runtime_for(settings.runtime, settings.precision)
+    plan = [(precision, f"{said}, {why}") for precision, said in _precisions_to_try(settings, runtime)]
+    encoder, report = _first_that_passes(settings, runtime, plan, afresh)
     release_freed_memory()
     return encoder, report
 
 
 def _first_that_passes(
-    settings: EncodeSettings, plan: Sequence[tuple[Precision, str]], afresh: bool
-) -> tuple[CpuEncoder, GateReport]:
+    settings: EncodeSettings, runtime: Runtime, plan: Sequence[tuple[Precision, str]], afresh: bool
+) -> tuple[Encoder, GateReport]:
     fp32, weights = resolve(replace(settings, precision="fp32")), _weights(settings)
 
     @cache
@@ -174,7 +191,7 @@ def _first_that_passes(
     for precision, why in plan:
         spec = resolve(replace(settings, precision=precision))
         try:
-            encoder, report = _judged(spec, weights, reference, settings, why + refused, afresh)
+            encoder, report = _judged(spec, weights, reference, settings, runtime, why + refused, afresh)
         except EncoderError as error:  # the runtime will not have this graph, or fails over it
             if precision == plan[-1][0]:
                 raise
@@ -192,11 +209,12 @@ def _judged(
     weights: Mapping[str, np.ndarray],
     reference: Callable[[], Mapping[str, np.ndarray]],
     settings: EncodeSettings,
+    runtime: Runtime,
     why: str,
     afresh: bool,
-) -> tuple[CpuEncoder, GateReport]:
-    model = _graph(spec, weights)
-    encoder = CpuEncoder(spec, model, settings.threads)
+) -> tuple[Encoder, GateReport]:
+    model = _graph(spec, weights, plain=runtime == "tensorrt")
+    encoder = _opened(spec, model, runtime, settings)
     try:
         key = gate_key(spec, model, encoder.provenance)
         del model  # the runtime has its own copy of the weights
@@ -212,10 +230,15 @@ def _judged(
         raise
 
 
-def _precisions_to_try(settings: EncodeSettings) -> list[tuple[Precision, str]]:
+def _precisions_to_try(settings: EncodeSettings, runtime: Runtime) -> list[tuple[Precision, str]]:
     """Precisions in order of preference, each with the reason to be given if it is taken."""
     if settings.precision != "auto":
         return [(settings.precision, "asked for")]
+    if runtime != "cpu":
+        offered = precisions(card(settings.encoder).architecture)
+        first, *others = (precision for precision in RUNS[runtime] if precision in offered)
+        said: list[tuple[Precision, str]] = [(first, "the fastest that passes the gate")]
+        return said + [(other, "the next that passes the gate") for other in others]
     if "int8" not in precisions(card(settings.encoder).architecture):
         return [("fp32", f"{settings.encoder} has no int8 graph")]
     if settings.untrained is not None:

@@ -17,7 +17,7 @@ LEVELS = 64
 
 def precisions(architecture: Architecture) -> tuple[Precision, ...]:
     """Precisions that an architecture's graph can be authored in."""
-    return ("fp32",) if isinstance(architecture, EfficientNetLite) else ("fp32", "fp16", "int8")
+    return ("fp32",) if isinstance(architecture, EfficientNetLite) else ("fp32", "fp16", "bf16", "int8")
 
 
 def quantised(

@@ -19,7 +19,7 @@ from patchmill.encoders.gate import THRESHOLDS, GateReport
 from patchmill.encoders.graph import Model
 from patchmill.types import EncoderSpec, fingerprint_of
 
-__all__ = ["gate_key", "recall", "remember"]
+__all__ = ["cache_folder", "gate_key", "recall", "remember"]
 
 
 def gate_key(spec: EncoderSpec, model: Model, provenance: Mapping[str, str]) -> str:
@@ -53,6 +53,11 @@ def remember(key: str, report: GateReport) -> None:
         os.replace(file.name, path)
 
 
-def _path(key: str) -> Path:
+def cache_folder() -> Path:
+    """PATCHMILL_CACHE, or the user's cache: what is there can be made again. It may not exist yet."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PATCHMILL_CACHE") or Path(home) / "patchmill") / "gates" / f"{key}.json"
+    return Path(os.environ.get("PATCHMILL_CACHE") or Path(home) / "patchmill")
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / "gates" / f"{key}.json"

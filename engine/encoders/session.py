@@ -9,9 +9,10 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -22,9 +23,18 @@ from patchmill.encoders.graph import Model
 from patchmill.errors import EncoderError
 from patchmill.types import EncoderSpec
 
-__all__ = ["CpuEncoder", "available_cores", "cpu_model", "release_freed_memory"]
+__all__ = [
+    "RUNTIME_ERRORS",
+    "CpuEncoder",
+    "available_cores",
+    "cpu_model",
+    "demand_tiles",
+    "open_session",
+    "release_freed_memory",
+]
 
 PROVIDER = "CPUExecutionProvider"
+BATCH = 16  # tiles; more make no difference on a CPU
 # ONNX Runtime's exceptions have no base of their own.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
@@ -35,14 +45,24 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
 class CpuEncoder:
     """An open encoder, as `patchmill.types.Encoder` asks for."""
 
-    def __init__(self, spec: EncoderSpec, model: Model, threads: int | None = None, *, optimise: bool = True) -> None:
-        """Compile a graph. threads: calls in flight, all cores by default. optimise: let the runtime fuse operators.
+    parallel = 1
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        model: Model,
+        threads: int | None = None,
+        *,
+        batch: int | None = None,
+        optimise: bool = True,
+    ) -> None:
+        """Compile a graph. threads: tiles in flight, one per core by default. optimise: let the runtime fuse operators.
 
         Raises EncoderError if the runtime refuses the graph or runs it elsewhere than on the CPU.
         """
-        self.spec = spec
+        self.spec, self.batch = spec, batch or BATCH
         self._threads = threads or available_cores()
-        self._session = _session(spec.name, model, optimise)
+        self._session = open_session(spec.name, model, [PROVIDER], optimise=optimise)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="patchmill-encoder")
         self._closed = threading.Event()
         self.provenance: Mapping[str, str] = {
@@ -58,12 +78,7 @@ class CpuEncoder:
 
         pixels: uint8 RGB of the spec's size. Raises EncoderError for another shape or dtype, or if the runtime fails.
         """
-        if pixels.dtype != np.uint8 or pixels.shape[1:] != self.spec.input:
-            wanted = f"uint8 [b, {', '.join(map(str, self.spec.input))}]"
-            given = f"{pixels.dtype} [{', '.join(map(str, pixels.shape))}]"
-            raise EncoderError(
-                self.spec.name, f"tiles are {given}, the encoder takes {wanted}", "resize them to the view"
-            )
+        demand_tiles(self.spec, pixels)
         if self._closed.is_set():
             raise EncoderError(self.spec.name, "the encoder is closed", "open it again")
         vectors = {name: np.empty((len(pixels), width), np.float32) for name, width in self.spec.outputs.items()}
@@ -86,23 +101,45 @@ class CpuEncoder:
         self._session = None
 
 
-def _session(name: str, model: Model, optimise: bool) -> onnxruntime.InferenceSession:
+def demand_tiles(spec: EncoderSpec, pixels: np.ndarray) -> None:
+    """Raises EncoderError for tiles of another dtype or shape than the encoder's input."""
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != spec.input:
+        wanted = f"uint8 [b, {', '.join(map(str, spec.input))}]"
+        given = f"{pixels.dtype} [{', '.join(map(str, pixels.shape))}]"
+        raise EncoderError(spec.name, f"tiles are {given}, the encoder takes {wanted}", "resize them to the view")
+
+
+def open_session(
+    name: str, model: Model | Path, providers: Sequence[Any], *, optimise: bool = True, alone: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session of one thread. model: a graph, or the file of one. providers: as ONNX Runtime takes them.
+
+    alone: nothing may be left to the CPU. Raises EncoderError if the runtime refuses the graph or runs it elsewhere.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; they are raised as well
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
-    arrays = model.arrays
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-    options.add_external_initializers(list(arrays), values)
+    if isinstance(model, Path):
+        graph: str | bytes = str(model)
+    else:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in model.arrays.values()]
+        options.add_external_initializers(list(model.arrays), values)
+        graph = model.proto.SerializeToString()
+    if alone:  # else what the provider does not have would run on the CPU, without a word
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    asked = [each if isinstance(each, str) else each[0] for each in providers]
     try:
-        session = onnxruntime.InferenceSession(model.proto.SerializeToString(), options, providers=[PROVIDER])
+        session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
     except RUNTIME_ERRORS as error:
         reason = str(error).splitlines()[0][:200]
         raise EncoderError(name, f"ONNX Runtime refuses the graph: {reason}", "check its version") from error
-    if session.get_providers() != [PROVIDER]:
-        found = ", ".join(session.get_providers())
-        raise EncoderError(name, f"{PROVIDER} was asked for, {found} would run", "check onnxruntime")
+    # The CPU is named at the end of every list; that it has nothing to do was seen to above.
+    found = [each for each in session.get_providers() if each == asked[0] or not (alone and each == PROVIDER)]
+    if found != asked:
+        wrong = f"{', '.join(asked)} was asked for, {', '.join(session.get_providers())} would run"
+        raise EncoderError(name, wrong, "check onnxruntime")
     return session
 
 

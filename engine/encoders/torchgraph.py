@@ -38,6 +38,8 @@ def module_of(model: Model) -> torch.fx.GraphModule:
         if node.op_type not in _OPERATORS:
             raise ValueError(f"torch has no {node.op_type} as our graphs use it")
         attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        if "to" in attributes:
+            attributes["to"] = _dtype(attributes["to"])
         found = graph.call_function(
             _OPERATORS[node.op_type], tuple(values[name] for name in node.input if name), attributes
         )
@@ -118,7 +120,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, axis: int, epsilon: float) ->
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": torch.add,
-    "Cast": lambda x, to: x.to(_dtype(to)),
+    "Cast": lambda x, to: x.to(to),
     "Clip": _clip,
     "Concat": lambda *parts, axis: torch.cat(parts, axis),
     "Conv": _conv,

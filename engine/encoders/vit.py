@@ -81,7 +81,7 @@ def build(
 def _embed(author: _Author) -> str:
     """Patches to tokens, with positions from a table where there is one."""
     g, arch, n = author.graph, author.arch, author.grid
-    x, bias = patches(g, author.weights, "patch", n * arch.patch, (arch.mean, arch.std))  # [B, n, D]
+    x, bias = patches(g, author.weights, "patch", n * arch.patch, (arch.mean, arch.std), author.precision)
     # Zero rows in front, then one addition: CLS and registers to those rows, the bias to all others; and positions.
     x = g.op("Pad", x, g.ints("patch.pads", 0, author.prefix, 0, 0, 0, 0), name="patch.pad")  # [B, T, D]
     rows = np.concatenate([author.weights["cls"][None].astype(np.float64), np.zeros((author.prefix - 1, len(bias)))])

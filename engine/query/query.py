@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 
 from patchmill.archive import Archive
 from patchmill.encoders import open_encoder, resolve
+from patchmill.encoders.runtimes import RUNS
 from patchmill.errors import EncoderError, UsageError
 from patchmill.index import Exclusion, Index, open_index, recorded, tile_at
 from patchmill.query.image import read_image
@@ -135,7 +136,7 @@ def _embed(
         untrained=int(spec.weights.removeprefix("untrained:")) if spec.untrained else None,
         precision=spec.precision,
         pixels=spec.view.pixels,
-        batch=1,
+        runtime="cpu" if spec.precision in RUNS["cpu"] else "auto",  # a GPU would be opened longer than it works
     )
     found = resolve(settings)
     if found.weights != spec.weights:

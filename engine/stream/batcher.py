@@ -1,8 +1,8 @@
 """The meeting point of a worker: tiles of all open shards become full batches, vectors find their way back.
 
-One lock, one ring of preallocated buffers, one thread that calls the encoder. A shard's task reserves slots, fills
-them and goes on; it holds no reservation while it waits for one, so a free buffer always comes. A batch leaves when
-it is full, or when every open shard waits for its vectors.
+One lock, one ring of preallocated buffers, a thread for each call that the encoder takes at a time. A shard's
+task reserves slots, fills them and goes on; it holds no reservation while it waits for one, so a free buffer always
+comes. A batch leaves when it is full, or when every open shard waits for its vectors.
 """
 
 import threading
@@ -52,15 +52,14 @@ class OpenShard:
 class Batcher:
     """Serves several shard tasks, each on its own thread, with one encoder.
 
-    encoder: called from one thread of the batcher only. batch: tiles per batch. depth: buffers in the ring, at least 2.
-    on_rows(label, rows): called after each batch from the encoder's thread, for progress.
+    encoder: called from threads of the batcher only. batch: tiles per batch. on_rows(label, rows): called after each
+    batch from such a thread, for progress.
     """
 
-    def __init__(
-        self, encoder: Encoder, batch: int, depth: int = 3, on_rows: Callable[[str, int], None] | None = None
-    ) -> None:
+    def __init__(self, encoder: Encoder, batch: int, on_rows: Callable[[str, int], None] | None = None) -> None:
         self._encoder, self._batch, self._on_rows = encoder, batch, on_rows
-        self._free = [_Filling(batch, encoder.spec.input) for _ in range(depth)]
+        # One for each call, one that waits its turn, one that is being filled.
+        self._free = [_Filling(batch, encoder.spec.input) for _ in range(encoder.parallel + 2)]
         self._current: _Filling | None = None
         self._ready: deque[_Filling] = deque()
         self._shards: dict[int, OpenShard] = {}
@@ -68,12 +67,18 @@ class Batcher:
         self._numbers = 0
         self._failure: BaseException | None = None
         self._closed = False
-        self.busy = 0.0  # seconds in the encoder
-        self.starved = 0.0  # seconds it waited for a batch while shards were open
+        self._calls = 0  # that the encoder works on at this moment
+        self._since = time.perf_counter()  # when it or the shards last changed
+        self.busy = 0.0  # seconds in which the encoder worked
+        self.starved = 0.0  # seconds in which it did not, while shards were open
         self.batches = 0
         self.tiles = 0
-        self._thread = threading.Thread(target=self._encode_all, name="patchmill-encoder", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._encode_all, name=f"patchmill-encoder-{number}", daemon=True)
+            for number in range(encoder.parallel)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @contextmanager
     def shard(self, rows: int, label: str = "") -> Iterator[OpenShard]:
@@ -81,6 +86,7 @@ class Batcher:
         vectors = {name: np.zeros((rows, width), np.float32) for name, width in self._encoder.spec.outputs.items()}
         with self._changed:
             self._raise_failure()
+            self._account()
             self._numbers += 1
             shard = OpenShard(self._numbers, label, vectors, missing=rows)
             self._shards[shard.number] = shard
@@ -88,6 +94,7 @@ class Batcher:
             yield shard
         finally:
             with self._changed:
+                self._account()
                 del self._shards[shard.number]
                 self._seal_if_all_wait()
                 self._changed.notify_all()
@@ -120,11 +127,12 @@ class Batcher:
             self._raise_failure()
 
     def close(self) -> None:
-        """Stop the thread and close the encoder; shards still open fail."""
+        """Stop the threads and close the encoder; shards still open fail."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._encoder.close()
 
     @property
@@ -182,13 +190,14 @@ class Batcher:
     def _encode_all(self) -> None:
         try:
             while (filling := self._next()) is not None:
-                start = time.perf_counter()
                 n = filling.filled
                 batch = Batch(filling.pixels[:n], filling.shard[:n], filling.row[:n])
                 vectors = self._encoder(batch.pixels)
-                self.busy += time.perf_counter() - start
-                self.batches += 1
-                self.tiles += n
+                with self._changed:
+                    self._account()
+                    self._calls -= 1
+                    self.batches += 1
+                    self.tiles += n
                 self._deliver(batch, vectors)
                 with self._changed:
                     filling.reset()
@@ -196,19 +205,27 @@ class Batcher:
                     self._changed.notify_all()
         except Exception as error:  # noqa: BLE001 - raised in every task that waits, with its own cause
             with self._changed:
-                self._failure = error
+                self._failure = self._failure or error
                 self._changed.notify_all()
 
     def _next(self) -> _Filling | None:
         with self._changed:
-            start = time.perf_counter()
-            while not self._ready and not self._closed:
-                idle = not self._shards
+            while not self._ready and not self._closed and self._failure is None:
                 self._changed.wait()
-                if idle:  # nobody had work for it: that is no starvation
-                    start = time.perf_counter()
-            self.starved += time.perf_counter() - start
-            return None if self._closed else self._ready.popleft()
+            if self._closed or self._failure is not None:
+                return None
+            self._account()
+            self._calls += 1
+            return self._ready.popleft()
+
+    def _account(self) -> None:
+        """Add the time since the last change to what the encoder did in it. Where no shard was open it is nothing."""
+        now = time.perf_counter()
+        if self._calls:
+            self.busy += now - self._since
+        elif self._shards:
+            self.starved += now - self._since
+        self._since = now
 
     def _deliver(self, batch: Batch, vectors: Mapping[str, np.ndarray]) -> None:
         for number in np.unique(batch.shard).tolist():

@@ -40,7 +40,7 @@ def _hold(settings: EncodeSettings, encoder: Encoder, progress: Progress | None)
     global _held
     if _held is not None:
         _held[2].close()
-    _held = (settings, encoder, Batcher(encoder, settings.batch, on_rows=_throttled(progress) if progress else None))
+    _held = (settings, encoder, Batcher(encoder, encoder.batch, on_rows=_throttled(progress) if progress else None))
 
 
 def release() -> None:

@@ -23,7 +23,10 @@ class NullEncoder:
     The sums are exact in float32, so that equal pixels give equal bytes on every machine.
     """
 
-    def __init__(self, pixels: int = 224, rate: float = 0.0) -> None:
+    batch, parallel = 16, 1
+
+    def __init__(self, pixels: int = 224, rate: float = 0.0, batch: int | None = None) -> None:
+        self.batch = batch or self.batch
         self.spec = null_spec(pixels)
         self.provenance: Mapping[str, str] = {"runtime": "null", "device": "none"}
         self._rate = rate
@@ -64,7 +67,7 @@ def resolve_null(settings: EncodeSettings) -> EncoderSpec:
 
 def open_null(settings: EncodeSettings) -> NullEncoder:
     """As `patchmill.encoders.open_encoder`; the seed of the weights is taken as tiles per second."""
-    return NullEncoder(settings.pixels or 224, rate=settings.untrained or 0)
+    return NullEncoder(settings.pixels or 224, settings.untrained or 0, settings.batch)
 
 
 def open_null_gated(settings: EncodeSettings) -> tuple[NullEncoder, GateReport]:

@@ -179,6 +179,7 @@ class Table:
     """An encoder that knows a vector for each of the gate's tiles, and adds what `extra` says of a batch."""
 
     provenance: dict[str, str] = {}  # noqa: RUF012
+    batch, parallel = 16, 1
 
     def __init__(self, vectors, precision="fp32", weights=TRAINED, extra=lambda rows: 0.0):
         self.spec = spec_of(precision, weights, 16, {"mean": vectors.shape[1]})

@@ -29,8 +29,10 @@ class Recorder:
         license="none",
     )
     provenance: dict[str, str] = {}  # noqa: RUF012
+    batch = 16
 
-    def __init__(self, fail_at: int | None = None) -> None:
+    def __init__(self, fail_at: int | None = None, parallel: int = 1) -> None:
+        self.parallel = parallel
         self.sizes: list[int] = []
         self.fail_at = fail_at
 
@@ -68,11 +70,11 @@ def feed(batcher: Batcher, task: int, rows: int, step: int) -> np.ndarray:
     tasks=st.integers(1, 8),
     batch=st.integers(1, 17),
     step=st.integers(1, 40),
-    depth=st.integers(2, 4),
+    parallel=st.integers(1, 3),
 )
-def test_every_row_comes_back_to_its_shard(shards, tasks, batch, step, depth):
-    encoder = Recorder()
-    batcher = Batcher(encoder, batch, depth)
+def test_every_row_comes_back_to_its_shard(shards, tasks, batch, step, parallel):
+    encoder = Recorder(parallel=parallel)
+    batcher = Batcher(encoder, batch)
     with ThreadPoolExecutor(tasks) as pool:
         found = list(pool.map(lambda job: feed(batcher, job[0], job[1], step), enumerate(shards)))
     batcher.close()

@@ -30,7 +30,7 @@ class Held(NullEncoder):
     """Knows whether it is closed; waits at its first call for leave, where there is a gate; may fail."""
 
     def __init__(self, gate=None, error=None):
-        super().__init__(16)
+        super().__init__(16, batch=4)
         self.gate, self.error, self.closed = gate, error, 0
 
     def __call__(self, pixels):
