@@ -1,4 +1,4 @@
-"""The usual way to run an encoder: transformers' model in PyTorch eager mode, on normalised floats."""
+"""The usual way to run an encoder: transformers' model in PyTorch, on normalised floats."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +13,12 @@ __all__ = ["eager"]
 Tiles = UInt8[np.ndarray, "n h w 3"]
 
 
-def eager(name: str, threads: int) -> Callable[[Tiles], Any] | None:
+def eager(
+    name: str, threads: int | None = None, *, device: str = "cpu", half: bool = False, compiled: bool = False
+) -> Callable[[Tiles], Any] | None:
     """An encoder's model with random weights in inference mode; None where transformers is missing or lacks the model.
 
-    Pixels are normalised by it too, as they are in our graphs.
+    Pixels are normalised by it too, as they are in our graphs. half: everything in fp16. compiled: by torch.compile.
     """
     try:
         import torch
@@ -43,15 +45,18 @@ def eager(name: str, threads: int) -> Callable[[Tiles], Any] | None:
         model = transformers.DINOv3ConvNextModel(convnext)
     else:
         return None
-    model.eval()
-    torch.set_num_threads(threads)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (arch.mean, arch.std))
+    dtype = torch.float16 if half else torch.float32
+    model = model.eval().to(device, dtype)
+    model = torch.compile(model, dynamic=False) if compiled else model
+    if threads is not None:
+        torch.set_num_threads(threads)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (arch.mean, arch.std))
     prefix = 1 + (arch.registers if isinstance(arch, ViT) else 0)
 
     def encode(pixels: Tiles) -> Any:
         with torch.inference_mode():
-            floats = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
-            tokens = model(floats).last_hidden_state
-            return tokens[:, 0], tokens[:, prefix:].mean(1)
+            floats = (torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255 - mean) / std
+            tokens = model(floats.to(dtype)).last_hidden_state
+            return tokens[:, 0].float().cpu(), tokens[:, prefix:].mean(1).float().cpu()
 
     return encode

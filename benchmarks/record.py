@@ -11,11 +11,15 @@ from typing import Any
 
 import psutil
 
+from patchmill.encoders.runtimes import gpu, gpus
 from patchmill.encoders.session import available_cores, cpu_model
 
 __all__ = ["Record", "Row", "in_turns", "machine", "row", "versions"]
 
-PACKAGES = ("patchmill", "numpy", "onnx", "onnxruntime", "torch", "transformers", "zarr", "dask", "openslide-bin")
+PACKAGES = (
+    *("patchmill", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "torch", "triton", "transformers", "zarr"),
+    *("dask", "openslide-bin"),
+)
 Values = Sequence[float]
 
 
@@ -56,6 +60,7 @@ class Record:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         on = f"{self.machine['cpu']}, {self.machine['cores']} cores, {self.machine['memory_gib']:.0f} GiB"
+        on += f", {self.machine['gpu']}" if self.machine.get("gpu") else ""
         return "\n".join([f"{self.benchmark} on {on}", *table, *self.notes])
 
 
@@ -118,6 +123,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "cores": available_cores(),
+        "gpu": gpu().name if gpus() else None,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "load": round(os.getloadavg()[0], 2),  # when the benchmark ended; its own work is in it

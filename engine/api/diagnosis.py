@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import Literal
 
-from patchmill.encoders import known
+from patchmill.encoders import known, runtimes
 
 __all__ = ["Finding", "doctor"]
 
@@ -99,12 +99,21 @@ def _providers() -> Iterator[Finding]:
         import onnxruntime
     except ImportError:
         return
-    providers = onnxruntime.get_available_providers()
-    yield Finding("providers", "ok", ", ".join(providers))
-    if "CUDAExecutionProvider" not in providers and shutil.which("nvidia-smi"):
-        yield Finding(
-            "GPU", "note", "there is one, but this ONNX Runtime is the CPU build", "see the README, 'Install'"
-        )
+    yield Finding("providers", "ok", ", ".join(onnxruntime.get_available_providers()))
+
+
+def _gpus() -> Iterator[Finding]:
+    count = runtimes.gpus()
+    if not count:
+        yield Finding("GPU", "ok", "the NVIDIA driver shows none")
+        return
+    found = runtimes.gpu()
+    yield Finding("GPU", "ok", f"{count} of {found.name}, CUDA {found.cuda}")
+    lacking = {runtime: runtimes.missing(runtime) for runtime in ("torch", "cuda")}
+    for runtime, lack in lacking.items():
+        yield Finding(f"runtime {runtime}", "ok", lack or "ready")
+    if all(lacking.values()):
+        yield Finding("GPU", "note", "encoders will run on the CPU", "see the README, 'GPUs'")
 
 
 def _weights() -> Iterator[Finding]:
@@ -129,6 +138,7 @@ _LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _exclusions,
     _openslide,
     _providers,
+    _gpus,
     _weights,
     _folders,
 )

@@ -92,7 +92,9 @@ def embed(
     ] = None,
     mpp_override: MppOverride = None,
     new_plan: Annotated[bool, typer.Option("--new-plan", help="add a second plan to the archive")] = False,
-    workers: Annotated[int, typer.Option(help="worker processes; 0 runs in this process")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(help="worker processes; one per GPU, else one; 0 runs in this process")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="tiles per batch; by default what suits the runtime")] = None,
     threads: Annotated[int | None, typer.Option(help="cores for each worker's encoder; all by default")] = None,
     hash: Annotated[Literal["sampled", "full"], typer.Option(help="fingerprint of a source's content")] = "sampled",

@@ -1,5 +1,6 @@
 """The commands under `bench`: arguments in, one benchmark, printing."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,6 +55,36 @@ def bench_encoder(
     show(record.as_dict(), record.text, as_json)
     if picture is not None:
         plot_encoders(record, picture)
+    return 0
+
+
+@bench_app.command("gpu", epilog="Example: patchmill bench gpu --report gpu.json")
+def bench_gpu(
+    size: Annotated[list[str] | None, typer.Option(help="S, B and L by default; may be given several times")] = None,
+    runtime: Annotated[list[str] | None, typer.Option(help="all by default; may be given several times")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp16 by default; may be given several times")] = None,
+    pixels: Annotated[list[int] | None, typer.Option(help="per side of the input; may be given several times")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="tiles per call; may be given several times")] = None,
+    rounds: Rounds = 5,
+    price: Annotated[float | None, typer.Option(help="of an hour of this machine, for a price per million")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the JSON to this file")] = None,
+    as_json: Json = False,
+) -> int:
+    """On a machine with a GPU: open, prove and time every runtime, beside transformers and the tensor cores' best."""
+    from patchmill.benchmarks.gpu_check import PRECISIONS, RUNTIMES, SIZES, gpu_check
+
+    record = gpu_check(
+        sizes=size or SIZES,
+        runtimes=runtime or RUNTIMES,
+        precisions=precision or PRECISIONS,
+        pixels=pixels or (_plan.tile,),
+        batches=sorted(set(batch)) if batch else (None,),
+        rounds=rounds,
+        price=price,
+    )
+    if report is not None:
+        report.write_text(json.dumps(record.as_dict(), indent=1))
+    show(record.as_dict(), record.text, as_json)
     return 0
 
 

@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import dask
 import psutil
@@ -50,13 +51,26 @@ main()
 """
 
 
+def gpu_env(number: int, gpus: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """What lets the worker of a number see one GPU alone, of those that this process may use; nothing without GPUs."""
+    if not gpus:
+        return {}
+    visible = [each for each in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+    which = number % gpus
+    return {"CUDA_VISIBLE_DEVICES": visible[which] if which < len(visible) else str(which)}
+
+
 class _MortalWorker(SubprocessWorker):
     """A nanny and its worker, in processes of their own, that do not outlive this one."""
+
+    def __init__(self, scheduler: str, *, environment: Mapping[str, str], **options: Any) -> None:
+        super().__init__(scheduler, **options)
+        self._environment = environment
 
     async def _start(self) -> None:
         spec = json.dumps({"cls": self.worker_class, "opts": self.worker_kwargs})
         command = (sys.executable, "-c", _MORTAL, str(os.getpid()), self.scheduler, "--spec", spec)
-        self.process = await asyncio.create_subprocess_exec(*command, env={**os.environ, **_QUIET})
+        self.process = await asyncio.create_subprocess_exec(*command, env={**os.environ, **_QUIET, **self._environment})
 
 
 class _HoldsTheArchive(WorkerPlugin):
@@ -93,10 +107,11 @@ def _wait_for_workers_of_a_dead_run(lock: Path, seconds: float = 30.0) -> None:
 
 
 @contextmanager
-def local_cluster(workers: int, threads: int, lock: Path) -> Iterator[Client]:
+def local_cluster(workers: int, threads: int, lock: Path, gpus: int = 0) -> Iterator[Client]:
     """A Dask client with `workers` processes of `threads` task threads each; 0 workers run in this process.
 
-    Every socket listens on 127.0.0.1. lock: the file whose shared lock tells that a worker is alive.
+    Every socket listens on 127.0.0.1. gpus: to be shared out among the processes. lock: the file whose
+    shared lock tells that a worker is alive.
     """
     with dask.config.set(_CONFIG):
         if workers == 0:
@@ -113,25 +128,27 @@ def local_cluster(workers: int, threads: int, lock: Path) -> Iterator[Client]:
             )
         else:
             _wait_for_workers_of_a_dead_run(lock)
-            worker = {
-                "cls": _MortalWorker,
-                "options": {
-                    "worker_kwargs": {
-                        "host": _LOOPBACK,
-                        "nthreads": threads,
-                        "dashboard": False,
-                        "memory_limit": psutil.virtual_memory().total // workers,
-                        "env": _QUIET,
-                        "silence_logs": 50,
-                    }
-                },
+            options = {
+                "host": _LOOPBACK,
+                "nthreads": threads,
+                "dashboard": False,
+                "memory_limit": psutil.virtual_memory().total // workers,
+                "env": _QUIET,
+                "silence_logs": 50,
             }
+            environments = [gpu_env(number, gpus, os.environ) for number in range(workers)]
             cluster = SpecCluster(
                 scheduler={
                     "cls": Scheduler,
                     "options": {"host": _LOOPBACK, "dashboard_address": _ANY_PORT, "dashboard": False},
                 },
-                workers=dict.fromkeys(range(workers), worker),
+                workers={
+                    number: {
+                        "cls": _MortalWorker,
+                        "options": {"worker_kwargs": options, "environment": environment},
+                    }
+                    for number, environment in enumerate(environments)
+                },
                 name="patchmill",
                 silence_logs=50,
             )

@@ -21,6 +21,7 @@ from patchmill.cluster.journal import Journal, deaths_so_far, left_open
 from patchmill.cluster.local import local_cluster
 from patchmill.cluster.report import STAGES, RunReport, SourceOutcome
 from patchmill.cluster.tasks import PROGRESS, Doors, Job, gate_encoder
+from patchmill.encoders import available_cores
 from patchmill.errors import EncoderError, PatchmillError, UsageError
 from patchmill.sources import READ_TIMEOUT, READERS
 from patchmill.types import EncoderSpec, EncodeSettings, PlanSettings, SourceRef, fingerprint_of
@@ -49,7 +50,7 @@ PACKAGES = (
 class RunSettings:
     """How a run is carried out; nothing here changes an embedding."""
 
-    workers: int = 1  # processes; 0 runs everything in this one, for debugging
+    workers: int | None = None  # processes; None: one per GPU, else one; 0 runs everything in this one, for debugging
     new_plan: bool = False  # allow a plan that the archive does not have yet
     full_hash: bool = False  # fingerprint sources by every byte
     retry_quarantined: bool = False
@@ -59,7 +60,7 @@ class RunSettings:
     stage: str | None = None  # a local disk's folder that each source is copied into while the one before is embedded
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise UsageError("--workers", f"{self.workers} processes cannot be started", "use 0 or more")
         if self.reader not in READERS:
             raise UsageError("--reader", f"no reader is called {self.reader!r}", f"use one of {', '.join(READERS)}")
@@ -121,9 +122,12 @@ class _Run:
                 refs, skipped = self._skip_complete(refs, spec)
                 if not refs and self._recorded(spec):
                     return self._report(spec, {}, skipped, None, [], "")
+            gpus = self._job.doors.gpus(self._job.encode)
+            workers = (gpus or 1) if self._settings.workers is None else self._settings.workers
+            threads = _task_threads(workers, gpus)
             lock = self._archive.private / "workers.lock"
-            client = stack.enter_context(local_cluster(self._settings.workers, TASK_THREADS, lock))
-            if self._settings.workers == 0:
+            client = stack.enter_context(local_cluster(workers, threads, lock, gpus))
+            if workers == 0:
                 stack.callback(stream.release)
             client.subscribe_topic(PROGRESS, self._told)
             spec, gate = self._gated(client)
@@ -137,7 +141,7 @@ class _Run:
                 spec,
                 float(gate["tiles_per_second"]),
                 self._journal,
-                window=2 * TASK_THREADS * max(1, self._settings.workers),
+                window=2 * threads * max(1, workers),
                 watch=self._watch,
             )
             stopped = "a defect"
@@ -260,6 +264,11 @@ class _Run:
         )
         self._journal.report(report.as_dict(paths=False))
         return report
+
+
+def _task_threads(workers: int, gpus: int) -> int:
+    """Shards under way per worker. Beside a GPU the cores have nothing to do but to decode for it."""
+    return max(TASK_THREADS, available_cores() // max(1, workers) + 1) if gpus else TASK_THREADS
 
 
 def _stage_folder(archive: Archive, stage: str | None) -> str | None:

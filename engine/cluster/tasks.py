@@ -52,6 +52,7 @@ class Doors:
     resolve: Callable[[EncodeSettings], EncoderSpec] = encoders.resolve
     open_encoder: Callable[[EncodeSettings], Encoder] = encoders.open_encoder
     open_gated: Callable[[EncodeSettings], tuple[Encoder, GateReport]] = encoders.open_gated
+    gpus: Callable[[EncodeSettings], int] = encoders.gpus_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

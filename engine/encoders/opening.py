@@ -16,14 +16,14 @@ from patchmill.encoders.graph import Model
 from patchmill.encoders.layout import untrained
 from patchmill.encoders.precision import Precision, precisions
 from patchmill.encoders.remembered import gate_key, recall, remember
-from patchmill.encoders.runtimes import RUNS, Runtime, runtime_for
+from patchmill.encoders.runtimes import RUNS, Runtime, gpus, runtime_for
 from patchmill.encoders.session import CpuEncoder, release_freed_memory
 from patchmill.encoders.vit import Target
 from patchmill.encoders.weights import find, locate, sha256_of
 from patchmill.errors import EncoderError
 from patchmill.types import Encoder, EncoderSpec, EncodeSettings, View
 
-__all__ = ["EncoderCard", "export", "known", "open_encoder", "open_gated", "resolve"]
+__all__ = ["EncoderCard", "export", "gpus_for", "known", "open_encoder", "open_gated", "resolve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +134,11 @@ def open_encoder(settings: EncodeSettings) -> Encoder:
     return encoder
 
 
+def gpus_for(settings: EncodeSettings) -> int:
+    """How many GPUs encoders of these settings can share; 0 where they run on the CPU. Raises EncoderError."""
+    return gpus() if runtime_for(settings.runtime, settings.precision)[0] != "cpu" else 0
+
+
 def _opened(spec: EncoderSpec, model: Model, runtime: Runtime, settings: EncodeSettings) -> Encoder:
     if runtime == "cpu":
         return CpuEncoder(spec, model, settings.threads, batch=settings.batch)
@@ -171,8 +176,8 @@ def open_gated(settings: EncodeSettings, *, afresh: bool = False) -> tuple[Encod
     report's `why` says what was taken and for what reason. afresh: do not take the word of an earlier gate on this
     machine. Raises EncoderError if a precision does not pass.
     """
-    runtime, why = runtime_for(settings.runtime, settings.precision)
-    plan = [(precision, f"{said}, {why}") for precision, said in _precisions_to_try(settings, runtime)]
+    runtime, note = runtime_for(settings.runtime, settings.precision)
+    plan = [(precision, said + note) for precision, said in _precisions_to_try(settings, runtime)]
     encoder, report = _first_that_passes(settings, runtime, plan, afresh)
     release_freed_memory()
     return encoder, report

@@ -78,7 +78,7 @@ def missing(runtime: Runtime) -> str:
 
 
 def runtime_for(asked: str, precision: str) -> tuple[Runtime, str]:
-    """The runtime to take, and why. asked, precision: as in the settings, "auto" among them.
+    """The runtime to take, and what is to be said of it. asked, precision: as in the settings, "auto" among them.
 
     Raises EncoderError where what was asked for is not here, or lacks the precision: nothing else is taken instead.
     """
@@ -90,12 +90,12 @@ def runtime_for(asked: str, precision: str) -> tuple[Runtime, str]:
         if chosen is None:
             lacks = "; ".join(f"{runtime}: {lack}" for runtime, lack in lacking.items())
             raise EncoderError("--precision", f"{precision} cannot run here ({lacks})", "use auto, fp32 or int8")
-        unused = "".join(f", {lacking[runtime]}" for runtime in lacking if gpus() and lacking[runtime])
-        return chosen, f"on {chosen}{unused}"
+        unused = "; ".join(f"{runtime}: {lack}" for runtime, lack in lacking.items() if lack)
+        return chosen, f", the GPU is not used ({unused})" if chosen == "cpu" and gpus() and unused else ""
     runtime: Runtime = next(each for each in get_args(Runtime) if each == asked)
     if lack := missing(runtime):
         raise EncoderError("--runtime", f"{runtime} cannot run here: {lack}", "see the README, 'GPUs', or use cpu")
     if precision not in ("auto", *RUNS[runtime]):
         wrong = f"{precision} does not run on {runtime}"
         raise EncoderError("--precision", wrong, f"use auto or {', '.join(RUNS[runtime])}")
-    return runtime, f"on {runtime}"
+    return runtime, ""

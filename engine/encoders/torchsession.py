@@ -1,8 +1,9 @@
 """A graph that runs in PyTorch on a GPU: compiled, in chunks of one shape, copies hidden behind the work.
 
 torch.compile fuses what lies between the products of our graph (norms, casts, residuals in fp32, activations), which
-ONNX Runtime's CUDA provider runs one by one. A chunk has always the same shape, the last one is filled up, so that no
-other kernels are chosen for it: a tile's bytes depend on that tile alone, which the gate proves.
+ONNX Runtime's CUDA provider runs one by one; a CUDA graph then launches all of it at once, since Python would take
+longer to launch a ViT-S than the GPU to run it. A chunk has always the same shape, the last one is filled up, so that
+no other kernels are chosen for it: a tile's bytes depend on that tile alone, which the gate proves.
 """
 
 import threading
@@ -38,10 +39,10 @@ class TorchEncoder:
     parallel = 2  # the GPU works on one batch while the vectors of the other are taken away
 
     def __init__(self, spec: EncoderSpec, model: Model, *, batch: int | None = None, compiled: bool = True) -> None:
-        """Compile a graph for the first GPU that this process sees; takes from seconds to a minute.
+        """Compile a graph for the first GPU that this process sees; takes from ten seconds to a minute.
 
-        compiled: else operator by operator, to find out what compiling changes. Raises EncoderError if the GPU has too
-        little memory, or the compiler fails.
+        compiled: else the kernels of eager mode, to find out what compiling changes. Raises EncoderError if the GPU has
+        too little memory, or the compiler fails.
         """
         self.spec, self._chunk = spec, chunk_of(spec.view.pixels, batch)
         self.batch = batch or CHUNKS * self._chunk
@@ -50,16 +51,15 @@ class TorchEncoder:
         self._closed = False
         shape = (self._chunk, *spec.input)
         try:
-            with torch.cuda.device(self._device):
-                self._module = module_of(model).to(self._device).eval()
-                self._run = torch.compile(self._module, fullgraph=True, dynamic=False) if compiled else self._module
+            with torch.inference_mode(), torch.cuda.device(self._device):
                 self._staged = [torch.zeros(shape, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
                 self._inputs = [each.to(self._device) for each in self._staged]
-                self._copying = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                self._pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device)
                 self._copied = [_event() for _ in range(SLOTS)]
-                self._done = [_event() for _ in range(SLOTS)]
+                self._taken = [_event() for _ in range(SLOTS)]
+                self._copying, self._working = _stream(), _stream()
+                self._graph, self._outputs = self._captured(module_of(model).to(self._device).eval(), compiled)
             self._next = 0
-            self(np.zeros((1, *spec.input), np.uint8))  # compiles
         except RuntimeError as error:  # those of the compiler and of the driver are such
             raise self._failed("cannot be opened on the GPU", error) from error
         properties = torch.cuda.get_device_properties(self._device)
@@ -86,12 +86,13 @@ class TorchEncoder:
                     torch.empty((rows, width), dtype=torch.float32, pin_memory=True)
                     for width in self.spec.outputs.values()
                 ]
-                with self._lock:
+                with self._lock, torch.cuda.stream(self._working):
                     if self._closed:
                         raise EncoderError(self.spec.name, "the encoder is closed", "open it again")
                     for first in range(0, rows, self._chunk):
                         part = pixels[first : first + self._chunk]
-                        for out, vectors in zip(found, self._send(part), strict=True):
+                        self._send(part)
+                        for out, vectors in zip(found, self._outputs, strict=True):
                             out[first : first + len(part)].copy_(vectors[: len(part)], non_blocking=True)
                     end = _event()
                     end.record()
@@ -100,19 +101,34 @@ class TorchEncoder:
             raise self._failed("failed on the GPU", error) from error
         return {name: each.numpy() for name, each in zip(self.spec.outputs, found, strict=True)}
 
-    def _send(self, part: UInt8[np.ndarray, "c h w 3"]) -> tuple[torch.Tensor, ...]:
-        """Queue one chunk, and return its outputs as they will be on the GPU. What fills it up are earlier tiles."""
+    def _captured(
+        self, module: torch.fx.GraphModule, compiled: bool
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]:
+        """The module as a CUDA graph from `_pixels` to its outputs, which keep their places in memory."""
+        run = torch.compile(module, fullgraph=True, dynamic=False) if compiled else module
+        with torch.cuda.stream(self._working):
+            for _ in range(2):  # compiles, and lets libraries choose and allocate, which a graph cannot hold
+                run(self._pixels)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._working):
+            outputs: tuple[torch.Tensor, ...] = run(self._pixels)
+        self._module = module  # holds the weights, whose addresses the graph knows
+        return graph, outputs
+
+    def _send(self, part: UInt8[np.ndarray, "c h w 3"]) -> None:
+        """Queue one chunk: `_outputs` will hold its vectors. What fills it up are earlier tiles."""
         slot, self._next = self._next, (self._next + 1) % SLOTS
         self._copied[slot].synchronize()  # what was here has left
         self._staged[slot].numpy()[: len(part)] = part
         with torch.cuda.stream(self._copying):
-            self._copying.wait_event(self._done[slot])
+            self._copying.wait_event(self._taken[slot])
             self._inputs[slot].copy_(self._staged[slot], non_blocking=True)
             self._copied[slot].record()
-        torch.cuda.current_stream().wait_event(self._copied[slot])
-        vectors: tuple[torch.Tensor, ...] = self._run(self._inputs[slot])
-        self._done[slot].record()
-        return vectors
+        self._working.wait_event(self._copied[slot])
+        self._pixels.copy_(self._inputs[slot])  # on the GPU, where that takes no time
+        self._taken[slot].record()
+        self._graph.replay()
 
     def close(self) -> None:
         """Give the GPU's memory back. Safe to repeat."""
@@ -121,7 +137,7 @@ class TorchEncoder:
                 return
             self._closed = True
             torch.cuda.synchronize(self._device)
-            del self._run, self._module, self._inputs, self._staged
+            del self._graph, self._outputs, self._module, self._pixels, self._inputs, self._staged
         torch.cuda.empty_cache()
 
     def _failed(self, what: str, error: RuntimeError) -> EncoderError:
@@ -129,6 +145,10 @@ class TorchEncoder:
             return EncoderError(self.spec.name, f"{what}: its memory is full", "use a smaller --batch, or --pixels")
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return EncoderError(self.spec.name, f"{what}: {reason[0][:200]}", "use --runtime cuda or cpu")
+
+
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def _event() -> torch.cuda.Event:

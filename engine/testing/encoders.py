@@ -89,6 +89,11 @@ def open_null_gated(settings: EncodeSettings) -> tuple[NullEncoder, GateReport]:
     return open_null(settings), report
 
 
+def no_gpus(settings: EncodeSettings) -> int:
+    """As `patchmill.encoders.gpus_for`."""
+    return 0
+
+
 def open_any(ref: SourceRef) -> Slide:
     """A formula slide for a .json file, a real one for everything else."""
     return open_formula(ref) if ref.path.endswith(".json") else open_slide(ref)
@@ -96,4 +101,10 @@ def open_any(ref: SourceRef) -> Slide:
 
 def null_doors() -> Doors:
     """Doors to formula slides and the null encoder; its rate is `EncodeSettings.untrained`."""
-    return Doors(open_slide=open_any, resolve=resolve_null, open_encoder=open_null, open_gated=open_null_gated)
+    return Doors(
+        open_slide=open_any,
+        resolve=resolve_null,
+        open_encoder=open_null,
+        open_gated=open_null_gated,
+        gpus=no_gpus,
+    )

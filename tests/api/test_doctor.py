@@ -78,14 +78,16 @@ def test_an_openslide_that_cannot_be_loaded_is_wrong(monkeypatch):
     assert (finding.name, finding.do) == ("OpenSlide library", "pip install openslide-bin")
 
 
-def test_a_gpu_that_this_runtime_cannot_use_is_noted(monkeypatch):
-    import onnxruntime
-
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: f"/usr/bin/{name}")
+def test_a_gpu_that_no_runtime_can_use_is_noted(monkeypatch):
+    monkeypatch.setattr(diagnosis.runtimes, "gpus", lambda: 2)
+    monkeypatch.setattr(diagnosis.runtimes, "gpu", lambda: diagnosis.runtimes.Gpu("Some GPU", "13.0"))
+    monkeypatch.setattr(diagnosis.runtimes, "missing", lambda runtime: f"no {runtime}")
+    told = {finding.name: finding for finding in api.doctor() if finding.name.startswith(("GPU", "runtime"))}
+    assert told["runtime torch"].text == "no torch"
+    assert (told["GPU"].state, told["GPU"].text) == ("note", "encoders will run on the CPU")
+    monkeypatch.setattr(diagnosis.runtimes, "missing", lambda runtime: "" if runtime == "torch" else "lacking")
     (finding,) = [finding for finding in api.doctor() if finding.name == "GPU"]
-    assert finding.state == "note"
-    assert finding.do
+    assert (finding.state, finding.text) == ("ok", "2 of Some GPU, CUDA 13.0")
 
 
 def test_a_full_temporary_folder_is_noted(monkeypatch):

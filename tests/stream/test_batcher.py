@@ -1,6 +1,7 @@
 """Batches are full, nothing is lost or mixed up, nothing hangs."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -141,3 +142,26 @@ def test_a_closed_batcher_refuses():
     batcher.close()
     with pytest.raises(EncoderError, match="closed"):
         feed(batcher, 0, 3, 1)
+
+
+class Pair(Recorder):
+    """Returns from no call before another one has begun."""
+
+    def __init__(self) -> None:
+        super().__init__(parallel=2)
+        self.both = threading.Barrier(2)
+
+    def __call__(self, pixels):
+        self.both.wait(timeout=30)
+        return super().__call__(pixels)
+
+
+def test_an_encoder_that_takes_two_calls_gets_them_and_is_busy_only_once():
+    began = time.perf_counter()
+    batcher = Batcher(Pair(), batch=5)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda task: feed(batcher, task, 50, 5), range(2)))
+    batcher.close()
+    assert all(len(vectors) == 50 for vectors in found)
+    assert batcher.tiles == 100
+    assert 0 < batcher.busy + batcher.starved <= time.perf_counter() - began
