@@ -54,8 +54,7 @@ def planted(kind):
     x = g.cast("pixels", np.float32)  # [B, 4, 4, 3]
     if kind == "shape":
         x = g.op("Reshape", x, g.ints("shape", 0, -1, 3), name="flat")
-        model = g.finish({"pixels": ["B", "side", "side", 3]}, {"flat": ["B", "n", 3]})
-        return model
+        return g.finish({"pixels": ["B", "side", "side", 3]}, {"flat": ["B", "n", 3]})
     if kind == "integers":
         rows = g.cast(x, np.int64)
         g.op("Cast", g.op("Add", rows, g.ints("one", 1), name="sum"), name="out", to=onnx.TensorProto.FLOAT)

@@ -95,7 +95,7 @@ def test_a_gpus_precisions_are_tried_from_the_fastest_on(here):
 def test_a_provider_that_falls_back_is_refused_by_name(small, small_weights, provider):
     """ONNX Runtime itself, here without that provider, takes the CPU and only warns."""
     model = vit.build(small.architecture, small_weights, 32)
-    with pytest.raises(EncoderError, match="ONNX Runtime refuses|was asked for"):
+    with pytest.raises(EncoderError, match=r"ONNX Runtime refuses|was asked for"):
         open_session(small.name, model, [(provider, {})], alone=True)
 
 
