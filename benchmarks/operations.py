@@ -36,7 +36,7 @@ def gflop(name: str, pixels: int) -> float:
 
     Matrix products and convolutions of the fp32 graph in standard operators; the rest is a percent or two.
     """
-    arch, own = card(name).architecture, tuple(card(name).outputs)
+    arch, own = card(name).authored, tuple(card(name).outputs)
     match arch:
         case ViT():  # every block takes the same: two graphs tell what all of them do
             one, two = (

@@ -106,22 +106,27 @@ def embed(
     from patchmill.cli.progress import run_progress
     from patchmill.cli.text import report_text
     from patchmill.cluster import RunSettings
+    from patchmill.encoders import advice
 
+    settings = _plan_settings(mpp, tile, overlap, tissue, min_tissue, decode)
+    encode = EncodeSettings(
+        encoder=encoder,
+        weights=str(weights.absolute()) if weights else None,
+        untrained=untrained,
+        precision=precision,
+        runtime=runtime,
+        pixels=pixels,
+        batch=batch,
+        threads=threads,
+    )
+    if note := advice(encode, settings):
+        print(f"patchmill: note: {note}", file=sys.stderr)
     with run_progress() as progress:
         report = api.embed(
             src,
             archive,
-            plan=_plan_settings(mpp, tile, overlap, tissue, min_tissue, decode),
-            encode=EncodeSettings(
-                encoder=encoder,
-                weights=str(weights.absolute()) if weights else None,
-                untrained=untrained,
-                precision=precision,
-                runtime=runtime,
-                pixels=pixels,
-                batch=batch,
-                threads=threads,
-            ),
+            plan=settings,
+            encode=encode,
             run=RunSettings(
                 workers=workers,
                 new_plan=new_plan,

@@ -1,7 +1,7 @@
 """What is known of each encoder before any weight is read: one YAML file each, read into frozen dataclasses.
 
 Those of configs/encoders, and the user's own in the folder that PATCHMILL_ENCODERS names: any vision transformer whose
-file of weights comes from timm, transformers or Meta's code needs nothing else.
+file of weights comes from timm, transformers or Meta's code needs nothing else, and any other model its ONNX graph.
 """
 
 import math
@@ -19,7 +19,7 @@ import yaml
 
 from patchmill.errors import EncoderError
 
-__all__ = ["Architecture", "Card", "ConvNeXt", "EfficientNetLite", "ViT", "WeightsSource", "card", "cards"]
+__all__ = ["Architecture", "Card", "ConvNeXt", "EfficientNetLite", "Exported", "ViT", "WeightsSource", "card", "cards"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +87,28 @@ class EfficientNetLite:
     std: tuple[float, float, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """A graph in a file of its own, whose architecture only it knows."""
+
+    family: Literal["onnx"]
+    step: ClassVar[int] = 1
+    mean: tuple[float, float, float]  # of RGB in 0..1, by which the graph wants its input normalised
+    std: tuple[float, float, float]
+
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 PUBLISHED = re.compile(r"[\w.-]+\*?[\w.-]*", re.ASCII)  # a file's name, with one star at most
 MOST_PIXELS = 4096
 
-Architecture = ViT | ConvNeXt | EfficientNetLite
-FAMILIES = {"dinov3-vit": ViT, "vit": ViT, "dinov3-convnext": ConvNeXt, "efficientnet-lite": EfficientNetLite}
+Architecture = ViT | ConvNeXt | EfficientNetLite  # those that we author
+FAMILIES = {
+    "dinov3-vit": ViT,
+    "vit": ViT,
+    "dinov3-convnext": ConvNeXt,
+    "efficientnet-lite": EfficientNetLite,
+    "onnx": Exported,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,12 +138,19 @@ class Card:
     name: str
     title: str
     license: str
-    architecture: Architecture
+    architecture: Architecture | Exported
     pixels: int  # per side of the input, where nothing else is asked for
     outputs: Mapping[str, int]  # name -> width
     weights: WeightsSource
     parameters: int | None = None  # as its authors count them, of what the graph takes from the weights
     expects: Expects = field(default_factory=Expects)
+
+    @property
+    def authored(self) -> Architecture:
+        """The architecture of a graph that we author; ValueError for a graph of its own."""
+        if isinstance(self.architecture, Exported):
+            raise ValueError(f"{self.name} is a graph of its own")
+        return self.architecture
 
 
 def card(name: str) -> Card:
@@ -210,10 +233,11 @@ def check(card: Card) -> None:
     )
     published = card.weights.published
     demand(published is None or PUBLISHED.fullmatch(published) is not None, "weights.published", "no pattern of a name")
-    numbers = (*arch.mean, *arch.std, arch.eps)
+    eps = 1e-6 if isinstance(arch, Exported) else arch.eps
+    numbers = (*arch.mean, *arch.std, eps)
     demand(all(math.isfinite(number) for number in numbers), "architecture", "mean, std and eps are finite numbers")
     demand(min(arch.std) > 1e-6, "architecture.std", "greater than 0")
-    demand(0 < arch.eps <= 0.1, "architecture.eps", "greater than 0, at most 0.1")
+    demand(0 < eps <= 0.1, "architecture.eps", "greater than 0, at most 0.1")
     demand(min(card.outputs.values(), default=0) > 0, "outputs", "at least one, with a width")
     demand(card.pixels > 0 and card.pixels <= MOST_PIXELS, "pixels", f"1 to {MOST_PIXELS}")
     demand(card.expects.tile is None or card.expects.tile > 0, "expects.tile", "greater than 0")

@@ -30,7 +30,7 @@ def load(path: Path, card: Card) -> Mapping[str, np.ndarray]:
     path: safetensors, the index of several, or a `.pth`, in any layout of keys.py. Raises EncoderError for any file
     that is not exactly these weights, and when a tensor that is asked for is damaged or not finite.
     """
-    arch = card.architecture
+    arch = card.authored
     if card.parameters not in (None, parameters(arch)):
         wrong = f"its architecture has {parameters(arch):,} parameters, its authors count {card.parameters:,}"
         raise EncoderError(card.name, wrong, "correct its YAML file")
@@ -86,7 +86,7 @@ def _stripped(path: Path, file: TensorFile, card: Card) -> dict[str, str]:
 
 def _layout(path: Path, names: Mapping[str, str], card: Card) -> Layout:
     """The layout that most names of the file belong to."""
-    known = layouts(card.architecture)
+    known = layouts(card.authored)
 
     def shared(layout: Layout) -> int:
         return sum(name in names for stored in layout.values() for name in stored.names)
@@ -101,7 +101,7 @@ def _layout(path: Path, names: Mapping[str, str], card: Card) -> Layout:
 
 def _differences(names: Mapping[str, str], wanted: Mapping[str, object], card: Card) -> Iterator[tuple[str, str]]:
     missing = [name for name in wanted if name not in names]
-    unexpected = [name for name in names if name not in wanted and not superfluous(name, card.architecture)]
+    unexpected = [name for name in names if name not in wanted and not superfluous(name, card.authored)]
     for differing, what in ((missing, "lacks"), (unexpected, "also holds")):
         if differing:
             others = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
@@ -113,7 +113,7 @@ class _Loaded(Mapping[str, np.ndarray]):
 
     def __init__(self, path: Path, file: TensorFile, names: Mapping[str, str], layout: Layout, card: Card) -> None:
         self._path, self._file, self._names, self._layout = path, file, names, layout
-        self._arch, self._shapes = card.architecture, shapes(card.architecture)
+        self._arch, self._shapes = card.authored, shapes(card.authored)
 
     def __getitem__(self, name: str) -> Float32[np.ndarray, "..."]:
         shape, stored = self._shapes[name], self._layout[name]
@@ -158,7 +158,7 @@ class _Loaded(Mapping[str, np.ndarray]):
 
 def _check_rotation(path: Path, loaded: _Loaded, card: Card) -> None:
     """Meta's files state the periods of the rotation, which follow from its base."""
-    arch = card.architecture
+    arch = card.authored
     if not isinstance(arch, ViT) or arch.rope_base is None or loaded.shape_of("rope_embed.periods") is None:
         return
     head = arch.width // arch.heads

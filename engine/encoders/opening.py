@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from patchmill.encoders import convnext, efficientnet, vit
-from patchmill.encoders.cards import Architecture, Card, ConvNeXt, EfficientNetLite, ViT, card, cards
+from patchmill.encoders.cards import Architecture, Card, ConvNeXt, EfficientNetLite, Exported, ViT, card, cards
 from patchmill.encoders.checkpoints import load
+from patchmill.encoders.exported import read_graph
 from patchmill.encoders.gate import GateReport, judge, reference_of, refusal
 from patchmill.encoders.graph import Model
 from patchmill.encoders.layout import untrained
@@ -21,9 +22,11 @@ from patchmill.encoders.session import CpuEncoder, release_freed_memory
 from patchmill.encoders.vit import Target
 from patchmill.encoders.weights import find, locate, sha256_of
 from patchmill.errors import EncoderError
-from patchmill.types import Encoder, EncoderSpec, EncodeSettings, View
+from patchmill.types import Encoder, EncoderSpec, EncodeSettings, PlanSettings, View
 
-__all__ = ["EncoderCard", "export", "gpus_for", "known", "open_encoder", "open_gated", "resolve"]
+Weights = Mapping[str, np.ndarray] | Model  # a graph that is not ours comes with its weights
+
+__all__ = ["EncoderCard", "advice", "export", "gpus_for", "known", "open_encoder", "open_gated", "resolve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,17 @@ def _tile(card: Card) -> str:
     return f"tiles of {tile} px" + (f" at {mpp:g} µm/px" if mpp is not None else "")
 
 
+def advice(settings: EncodeSettings, plan: PlanSettings) -> str:
+    """What is to be said where a plan's tiles are not those that the encoder's authors use; mostly nothing."""
+    expects = card(settings.encoder).expects
+    tile = expects.tile not in (None, plan.tile)
+    mpp = expects.mpp is not None and not 0.9 < plan.mpp / expects.mpp < 1.1
+    if not tile and not mpp:
+        return ""
+    usual = _tile(card(settings.encoder))
+    return f"{settings.encoder} is used with {usual} by its authors; these are of {plan.tile} px at {plan.mpp:g} µm/px"
+
+
 def resolve(settings: EncodeSettings) -> EncoderSpec:
     """The spec of an encoder without opening it; hashes the weights file, once per process.
 
@@ -103,7 +117,7 @@ def resolve(settings: EncodeSettings) -> EncoderSpec:
     )
 
 
-def _facts(arch: Architecture) -> dict[str, Any]:
+def _facts(arch: Architecture | Exported) -> dict[str, Any]:
     """What the graph is authored from. What is as usual is left out: a new switch changes no key that exists."""
     usual = {fact.name: fact.default for fact in fields(arch)}
     return {name: value for name, value in asdict(arch).items() if value != usual[name]}
@@ -112,6 +126,8 @@ def _facts(arch: Architecture) -> dict[str, Any]:
 def _identity(chosen: Card, settings: EncodeSettings) -> str:
     """What identifies the weights: the sha256 of the file's bytes, or the seed."""
     if settings.untrained is not None:
+        if isinstance(chosen.architecture, Exported):
+            raise EncoderError("--untrained", f"{chosen.name} is a graph with weights of its own", "leave it out")
         if settings.weights is not None:
             raise EncoderError("--untrained", "--weights was given too", "give one of the two")
         if settings.untrained < 0:
@@ -128,7 +144,7 @@ def _identity(chosen: Card, settings: EncodeSettings) -> str:
 def open_encoder(settings: EncodeSettings) -> Encoder:
     """Open an encoder at a concrete precision, without the gate. Works in any process. Raises EncoderError."""
     spec = resolve(settings)
-    runtime, _ = runtime_for(settings.runtime, spec.precision)
+    runtime, _ = _runtime(settings)
     encoder = _opened(spec, _graph(spec, _weights(settings), plain=runtime == "tensorrt"), runtime, settings)
     release_freed_memory()
     return encoder
@@ -136,7 +152,12 @@ def open_encoder(settings: EncodeSettings) -> Encoder:
 
 def gpus_for(settings: EncodeSettings) -> int:
     """How many GPUs encoders of these settings can share; 0 where they run on the CPU. Raises EncoderError."""
-    return gpus() if runtime_for(settings.runtime, settings.precision)[0] != "cpu" else 0
+    return gpus() if _runtime(settings)[0] != "cpu" else 0
+
+
+def _runtime(settings: EncodeSettings) -> tuple[Runtime, str]:
+    foreign = isinstance(card(settings.encoder).architecture, Exported)
+    return runtime_for(settings.runtime, settings.precision, foreign=foreign)
 
 
 def _opened(spec: EncoderSpec, model: Model, runtime: Runtime, settings: EncodeSettings) -> Encoder:
@@ -176,7 +197,7 @@ def open_gated(settings: EncodeSettings, *, afresh: bool = False) -> tuple[Encod
     report's `why` says what was taken and for what reason. afresh: do not take the word of an earlier gate on this
     machine. Raises EncoderError if a precision does not pass.
     """
-    runtime, note = runtime_for(settings.runtime, settings.precision)
+    runtime, note = _runtime(settings)
     plan = [(precision, said + note) for precision, said in _precisions_to_try(settings, runtime)]
     encoder, report = _first_that_passes(settings, runtime, plan, afresh)
     release_freed_memory()
@@ -211,7 +232,7 @@ def _first_that_passes(
 
 def _judged(
     spec: EncoderSpec,
-    weights: Mapping[str, np.ndarray],
+    weights: Weights,
     reference: Callable[[], Mapping[str, np.ndarray]],
     settings: EncodeSettings,
     runtime: Runtime,
@@ -251,15 +272,19 @@ def _precisions_to_try(settings: EncodeSettings, runtime: Runtime) -> list[tuple
     return [("int8", "the fastest that passes the gate"), ("fp32", "the next that passes the gate")]
 
 
-def _weights(settings: EncodeSettings) -> Mapping[str, np.ndarray]:
+def _weights(settings: EncodeSettings) -> Weights:
     chosen = card(settings.encoder)
+    if isinstance(chosen.architecture, Exported):
+        return read_graph(locate(chosen, settings.weights).path, chosen, settings.pixels or chosen.pixels)
     if settings.untrained is not None:
         return untrained(chosen.architecture, settings.untrained)
     return load(locate(chosen, settings.weights).path, chosen)
 
 
-def _graph(spec: EncoderSpec, weights: Mapping[str, np.ndarray], *, plain: bool = False) -> Model:
+def _graph(spec: EncoderSpec, weights: Weights, *, plain: bool = False) -> Model:
     """The graph that runs, or the same in standard operators, by which it is judged."""
+    if isinstance(weights, Model):
+        return weights
     arch, pixels = card(spec.name).architecture, spec.view.pixels
     match arch:
         case ViT():
@@ -269,3 +294,5 @@ def _graph(spec: EncoderSpec, weights: Mapping[str, np.ndarray], *, plain: bool 
             return convnext.build(arch, weights, pixels, precision=spec.precision)
         case EfficientNetLite():
             return efficientnet.build(arch, weights, pixels)
+        case Exported():
+            raise ValueError("a graph of its own needs no author")

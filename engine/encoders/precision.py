@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Int8
 
-from patchmill.encoders.cards import Architecture, EfficientNetLite
+from patchmill.encoders.cards import Architecture, EfficientNetLite, Exported
 
 __all__ = ["Precision", "precisions", "quantised"]
 
@@ -15,9 +15,9 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 LEVELS = 64
 
 
-def precisions(architecture: Architecture) -> tuple[Precision, ...]:
-    """Precisions that an architecture's graph can be authored in."""
-    return ("fp32",) if isinstance(architecture, EfficientNetLite) else ("fp32", "fp16", "bf16", "int8")
+def precisions(architecture: Architecture | Exported) -> tuple[Precision, ...]:
+    """Precisions that an architecture's graph can be authored in, or is written in."""
+    return ("fp32",) if isinstance(architecture, EfficientNetLite | Exported) else ("fp32", "fp16", "bf16", "int8")
 
 
 def quantised(

@@ -77,13 +77,17 @@ def missing(runtime: Runtime) -> str:
     return "" if torch.cuda.is_available() else "this torch is built without CUDA, or for another driver"
 
 
-def runtime_for(asked: str, precision: str) -> tuple[Runtime, str]:
+def runtime_for(asked: str, precision: str, *, foreign: bool = False) -> tuple[Runtime, str]:
     """The runtime to take, and what is to be said of it. asked, precision: as in the settings, "auto" among them.
+
+    foreign: for a graph that is not ours, which torch cannot run.
 
     Raises EncoderError where what was asked for is not here, or lacks the precision: nothing else is taken instead.
     """
     if asked == "auto":
         lacking = {runtime: missing(runtime) for runtime in ORDER if precision in ("auto", *RUNS[runtime])}
+        if foreign:
+            lacking.pop("torch", None)
         if not lacking:
             raise EncoderError("--precision", f"no runtime here has {precision}", "use auto")
         chosen = next((runtime for runtime, lack in lacking.items() if not lack), None)
@@ -93,6 +97,8 @@ def runtime_for(asked: str, precision: str) -> tuple[Runtime, str]:
         unused = "; ".join(f"{runtime}: {lack}" for runtime, lack in lacking.items() if lack)
         return chosen, f", the GPU is not used ({unused})" if chosen == "cpu" and gpus() and unused else ""
     runtime: Runtime = next(each for each in get_args(Runtime) if each == asked)
+    if foreign and runtime == "torch":
+        raise EncoderError("--runtime", "torch runs our own graphs alone", "use cuda or cpu")
     if lack := missing(runtime):
         raise EncoderError("--runtime", f"{runtime} cannot run here: {lack}", "see the README, 'GPUs', or use cpu")
     if precision not in ("auto", *RUNS[runtime]):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from patchmill.encoders.cards import Card, WeightsSource
+from patchmill.encoders.cards import Card, Exported, WeightsSource
+from patchmill.encoders.exported import files_of
 from patchmill.encoders.tensorfile import INDEX, shards_of
 from patchmill.encoders.torchfile import RefusedError
 from patchmill.errors import EncoderError
@@ -16,6 +17,7 @@ __all__ = ["Located", "find", "locate", "sha256_of"]
 
 # In order of preference: files that cannot hold code first.
 CACHED = ("model.safetensors", f"model{INDEX}", "pytorch_model.bin", "open_clip_pytorch_model.bin", "model.pth")
+SUFFIXES = {False: (".safetensors", INDEX, ".pth", ".bin"), True: (".onnx",)}  # True: of a graph of its own
 ALTERNATIVE = "efficientnet-lite0"  # its weights are free and can be installed
 
 
@@ -52,7 +54,7 @@ def find(card: Card) -> Located | None:
             raise EncoderError(
                 "PATCHMILL_WEIGHTS", f"{folder} is no folder", "name the folder of the weights, or unset it"
             )
-        patterns = [f"{card.name}{suffix}" for suffix in (".safetensors", INDEX, ".pth", ".bin")]
+        patterns = [f"{card.name}{suffix}" for suffix in SUFFIXES[isinstance(card.architecture, Exported)]]
         patterns += [source.published] if source.published else []
         for path in (path for pattern in patterns for path in sorted(Path(folder).glob(pattern))):
             return Located(path, "PATCHMILL_WEIGHTS")
@@ -105,20 +107,26 @@ def _cached(repository: str) -> list[Path]:
 def sha256_of(path: Path) -> str:
     """sha256 of a file's bytes, in hex; remembered as long as path, size and modification time stay.
 
-    Of an index: of the lines "sha256 name" of the files that it names, in the order of their names.
+    Of an index, and of a graph whose weights lie beside it: of the lines "sha256 name" of the files that it names, in
+    the order of their names, and for a graph with itself.
     """
     try:
-        if path.name.endswith(INDEX):
-            lines = "".join(f"{sha256_of(part)} {part.name}\n" for part in shards_of(path))
+        parts = shards_of(path) if path.name.endswith(INDEX) else files_of(path) if path.suffix == ".onnx" else [path]
+        if parts != [path]:
+            lines = "".join(f"{_hashed(part)} {part.name}\n" for part in parts)
             return hashlib.sha256(lines.encode()).hexdigest()
-        status = path.stat()
-        return _sha256(path, status.st_size, status.st_mtime_ns)
+        return _hashed(path)
     except RefusedError as error:
         raise EncoderError(str(path), str(error), "get the weights again") from error
     except OSError as error:
         raise EncoderError(
             str(path), f"cannot be read ({error.strerror})", "check the path and its permissions"
         ) from error
+
+
+def _hashed(path: Path) -> str:
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=32)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from patchmill.encoders import advice, convnext, efficientnet, known, open_encoder, open_gated, opening, resolve, vit
 from patchmill.encoders import cards as cards_module
-from patchmill.encoders import convnext, efficientnet, known, open_encoder, open_gated, opening, resolve, vit
 from patchmill.encoders.cards import ConvNeXt, EfficientNetLite, ViT, WeightsSource, card, cards
 from patchmill.encoders.layout import parameters, untrained
 from patchmill.encoders.session import CpuEncoder
 from patchmill.errors import EncoderError, UsageError
-from patchmill.types import EncoderSpec, EncodeSettings
+from patchmill.types import EncoderSpec, EncodeSettings, PlanSettings
 
 FOLDER = Path(str(files("patchmill.configs") / "encoders"))
 NAMES = tuple(sorted(path.stem for path in FOLDER.iterdir()))
@@ -498,3 +498,19 @@ def test_auto_goes_on_where_the_runtime_fails_and_says_so(two_blocks, monkeypatc
     assert report.why == "the next that passes the gate, int8 was refused: the runtime failed (Fail)"
     assert "the runtime failed" in refused(open_gated, written(small_weights, "int8"))
     assert threads_of_encoders() == before
+
+
+@pytest.mark.parametrize(
+    ("encoder", "plan", "told"),
+    [
+        ("dinov3-vits16", PlanSettings(), ""),
+        ("uni", PlanSettings(tile=256), ""),
+        ("uni", PlanSettings(tile=256, mpp=0.503), ""),
+        ("uni", PlanSettings(), "uni is used with tiles of 256 px at 0.5 µm/px by its authors"),
+        ("virchow2", PlanSettings(mpp=0.25), "these are of 224 px at 0.25 µm/px"),
+    ],
+)
+def test_tiles_that_an_encoders_authors_do_not_use_are_told(encoder, plan, told):
+    said = advice(EncodeSettings(encoder=encoder), plan)
+    assert told in said
+    assert bool(told) == bool(said)
