@@ -19,15 +19,13 @@ from jaxtyping import Float32, UInt8
 from patchmill.encoders.graph import Model
 from patchmill.encoders.lint import tensorrt_findings
 from patchmill.encoders.remembered import cache_folder
-from patchmill.encoders.runtimes import PROVIDERS, Gpu, Runtime, gpu
+from patchmill.encoders.runtimes import CHUNKS, PROVIDERS, Gpu, Runtime, chunk_of, gpu
 from patchmill.encoders.session import RUNTIME_ERRORS, demand_tiles, open_session
 from patchmill.errors import EncoderError
 from patchmill.types import EncoderSpec, fingerprint_of
 
 __all__ = ["CudaEncoder", "engine_key", "tensorrt_options"]
 
-THREADS = 2
-TILES, SIDE = 128, 224  # a chunk of 128 tiles of 224 px, and other sizes alike
 TENSORRT = ("libnvinfer.so.10", "libnvonnxparser.so.10")  # what ONNX Runtime 1.31 is built with
 
 
@@ -42,8 +40,8 @@ class CudaEncoder:
         Raises EncoderError if the provider is missing, refuses the graph, or would leave a part of it to the CPU.
         """
         self.spec = spec
-        self._chunk = -(-batch // THREADS) if batch else max(1, TILES * SIDE**2 // spec.view.pixels**2)
-        self.batch = batch or THREADS * self._chunk
+        self._chunk = chunk_of(spec.view.pixels, batch)
+        self.batch = batch or CHUNKS * self._chunk
         device = gpu()
         onnxruntime.preload_dlls()  # those of CUDA and cuDNN, where they were installed as wheels
         provenance = {
@@ -62,7 +60,7 @@ class CudaEncoder:
         else:
             options = {"device_id": "0", "use_tf32": "0"}  # TF32 has the mantissa of fp16, and fp32 was asked for
             self._session = open_session(spec.name, model, [(PROVIDERS[runtime], options)], alone=True)
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="patchmill-encoder")
+        self._pool = ThreadPoolExecutor(CHUNKS, thread_name_prefix="patchmill-encoder")
         self._closed = threading.Event()
         self.provenance: Mapping[str, str] = provenance
 

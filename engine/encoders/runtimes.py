@@ -16,7 +16,7 @@ import onnxruntime
 from patchmill.encoders.precision import Precision
 from patchmill.errors import EncoderError
 
-__all__ = ["PROVIDERS", "RUNS", "Gpu", "Runtime", "gpu", "gpus", "missing", "runtime_for"]
+__all__ = ["CHUNKS", "PROVIDERS", "RUNS", "Gpu", "Runtime", "chunk_of", "gpu", "gpus", "missing", "runtime_for"]
 
 Runtime = Literal["cpu", "torch", "cuda", "tensorrt"]
 
@@ -30,6 +30,15 @@ RUNS: Mapping[Runtime, tuple[Precision, ...]] = {
 PROVIDERS: Mapping[Runtime, str] = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # What `auto` takes, the first that is here. TensorRT has to be asked for: it was not measured yet.
 ORDER: tuple[Runtime, ...] = ("torch", "cuda", "cpu")
+
+
+CHUNKS = 2  # that a GPU's batch is sent in: one travels while the other is computed
+TILES, SIDE = 128, 224  # 128 tiles of 224 px are within 1 % of the best chunk on an H200
+
+
+def chunk_of(pixels: int, batch: int | None) -> int:
+    """Tiles per chunk on a GPU: a batch in two, or about as many pixels as 128 tiles of 224 px have."""
+    return -(-batch // CHUNKS) if batch is not None else max(1, TILES * SIDE**2 // pixels**2)
 
 
 @cache

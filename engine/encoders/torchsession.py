@@ -14,23 +14,15 @@ import torch
 from jaxtyping import Float32, UInt8
 
 from patchmill.encoders.graph import Model
+from patchmill.encoders.runtimes import CHUNKS, chunk_of
 from patchmill.encoders.session import demand_tiles
 from patchmill.encoders.torchgraph import module_of
 from patchmill.errors import EncoderError
 from patchmill.types import EncoderSpec
 
-__all__ = ["TorchEncoder", "chunk_of"]
+__all__ = ["TorchEncoder"]
 
 SLOTS = 3  # chunks on their way to the GPU: one copied into, one that travels, one that is worked on
-CHUNKS = 2  # per batch
-TILES, SIDE = 128, 224  # a chunk of 128 tiles of 224 px is within 1 % of the best on an H200, and other sizes alike
-
-
-def chunk_of(pixels: int, batch: int | None) -> int:
-    """Tiles per chunk: a batch in two parts, or what takes about as many pixels as 128 tiles of 224 px."""
-    if batch is not None:
-        return -(-batch // CHUNKS)
-    return max(1, TILES * SIDE**2 // pixels**2)
 
 
 class TorchEncoder:
@@ -143,8 +135,9 @@ class TorchEncoder:
     def _failed(self, what: str, error: RuntimeError) -> EncoderError:
         if isinstance(error, torch.OutOfMemoryError):
             return EncoderError(self.spec.name, f"{what}: its memory is full", "use a smaller --batch, or --pixels")
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return EncoderError(self.spec.name, f"{what}: {reason[0][:200]}", "use --runtime cuda or cpu")
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
+        return EncoderError(self.spec.name, f"{what}: {reason[:200]}", "use --runtime cuda or cpu")
 
 
 def _stream() -> torch.cuda.Stream:
