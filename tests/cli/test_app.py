@@ -74,7 +74,7 @@ def test_every_verb_takes_json(verb):
         ("embed --archive A", "'SRC...'"),
         ("embed a.tif", "'--archive'"),
         ("embed a.tif --archive", "--archive"),
-        ("embed a.tif --archive A --precision int7", "'int7' is not one of 'auto', 'fp32', 'fp16', 'int8'"),
+        ("embed a.tif --archive A --precision int7", "'int7' is not one of 'auto', 'fp32', 'fp16', 'bf16', 'int8'"),
         ("embed a.tif --archive A --mpp half", "'--mpp'"),
         ("embed a.tif --archive A --mpp 0", "--mpp: 0.0 µm per pixel is out of range; use 0.01 to 1000"),
         ("embed a.tif --archive A --tile 8", "--tile: 8 px is out of range; use 16 to 8192"),
