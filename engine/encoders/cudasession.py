@@ -16,9 +16,9 @@ import numpy as np
 import onnxruntime
 from jaxtyping import Float32, UInt8
 
+from patchmill.encoders.cache import cache_folder
 from patchmill.encoders.graph import Model
 from patchmill.encoders.lint import tensorrt_findings
-from patchmill.encoders.remembered import cache_folder
 from patchmill.encoders.runtimes import CHUNKS, PROVIDERS, Gpu, Runtime, chunk_of, gpu
 from patchmill.encoders.session import RUNTIME_ERRORS, demand_tiles, open_session
 from patchmill.errors import EncoderError

@@ -14,6 +14,7 @@ from patchmill.encoders.checkpoints import load
 from patchmill.encoders.exported import read_graph
 from patchmill.encoders.gate import GateReport, judge, reference_of, refusal
 from patchmill.encoders.graph import Model
+from patchmill.encoders.graphcache import CachedGraph, digest_of, find_graph, keep_graph
 from patchmill.encoders.layout import untrained
 from patchmill.encoders.precision import Precision, precisions
 from patchmill.encoders.remembered import gate_key, recall, remember
@@ -145,7 +146,7 @@ def open_encoder(settings: EncodeSettings) -> Encoder:
     """Open an encoder at a concrete precision, without the gate. Works in any process. Raises EncoderError."""
     spec = resolve(settings)
     runtime, _ = _runtime(settings)
-    encoder = _opened(spec, _graph(spec, _weights(settings), plain=runtime == "tensorrt"), runtime, settings)
+    encoder = _opened(spec, _runnable(spec, _weights(settings), runtime, settings), runtime, settings)
     release_freed_memory()
     return encoder
 
@@ -160,16 +161,31 @@ def _runtime(settings: EncodeSettings) -> tuple[Runtime, str]:
     return runtime_for(settings.runtime, settings.precision, foreign=foreign)
 
 
-def _opened(spec: EncoderSpec, model: Model, runtime: Runtime, settings: EncodeSettings) -> Encoder:
+def _runnable(
+    spec: EncoderSpec, weights: Weights, runtime: Runtime, settings: EncodeSettings, afresh: bool = False
+) -> Model | CachedGraph:
+    """The graph that a runtime gets: authored now, or by an earlier start. afresh: now."""
+    cacheable = runtime == "cpu" and settings.untrained is None and not isinstance(weights, Model)
+    if cacheable and not afresh and (found := find_graph(spec)) is not None:
+        return found
+    model = _graph(spec, weights, plain=runtime == "tensorrt")
+    if cacheable:
+        keep_graph(spec, model)
+    return model
+
+
+def _opened(spec: EncoderSpec, graph: Model | CachedGraph, runtime: Runtime, settings: EncodeSettings) -> Encoder:
     if runtime == "cpu":
-        return CpuEncoder(spec, model, settings.threads, batch=settings.batch)
+        given = graph.path if isinstance(graph, CachedGraph) else graph
+        return CpuEncoder(spec, given, settings.threads, batch=settings.batch)
+    assert isinstance(graph, Model), "only the CPU reads graphs from files"
     if runtime == "torch":
         from patchmill.encoders.torchsession import TorchEncoder  # torch takes seconds, and need not be installed
 
-        return TorchEncoder(spec, model, batch=settings.batch)
+        return TorchEncoder(spec, graph, batch=settings.batch)
     from patchmill.encoders.cudasession import CudaEncoder
 
-    return CudaEncoder(spec, model, runtime, batch=settings.batch)
+    return CudaEncoder(spec, graph, runtime, batch=settings.batch)
 
 
 def export(settings: EncodeSettings, path: Path) -> None:
@@ -239,11 +255,11 @@ def _judged(
     why: str,
     afresh: bool,
 ) -> tuple[Encoder, GateReport]:
-    model = _graph(spec, weights, plain=runtime == "tensorrt")
-    encoder = _opened(spec, model, runtime, settings)
+    graph = _runnable(spec, weights, runtime, settings, afresh)
+    encoder = _opened(spec, graph, runtime, settings)
     try:
-        key = gate_key(spec, model, encoder.provenance)
-        del model  # the runtime has its own copy of the weights
+        key = gate_key(spec, digest_of(graph), encoder.provenance)
+        del graph  # the runtime has its own copy of the weights
         known = None if afresh else recall(key)
         if known is not None:
             return encoder, replace(known, why=why)

@@ -9,25 +9,24 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import msgspec
 
+from patchmill.encoders.cache import cache_folder
 from patchmill.encoders.gate import THRESHOLDS, GateReport
-from patchmill.encoders.graph import Model
 from patchmill.types import EncoderSpec, fingerprint_of
 
-__all__ = ["cache_folder", "gate_key", "recall", "remember"]
+__all__ = ["gate_key", "recall", "remember"]
 
 
-def gate_key(spec: EncoderSpec, model: Model, provenance: Mapping[str, str]) -> str:
-    """What a report depends on, as 16 hex digits."""
+def gate_key(spec: EncoderSpec, graph: str, provenance: Mapping[str, str]) -> str:
+    """What a report depends on, as 16 hex digits. graph: its digest, see graphcache.py."""
     return fingerprint_of(
         {
             "encoder": spec.key,
-            "graph": sha256(model.proto.SerializeToString(deterministic=True)).hexdigest(),
+            "graph": graph,
             "provenance": dict(provenance),
             "thresholds": asdict(THRESHOLDS[spec.precision]),
         }
@@ -51,12 +50,6 @@ def remember(key: str, report: GateReport) -> None:
         with NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(asdict(report), file)
         os.replace(file.name, path)
-
-
-def cache_folder() -> Path:
-    """PATCHMILL_CACHE, or the user's cache: what is there can be made again. It may not exist yet."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PATCHMILL_CACHE") or Path(home) / "patchmill")
 
 
 def _path(key: str) -> Path:

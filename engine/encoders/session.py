@@ -50,15 +50,15 @@ class CpuEncoder:
     def __init__(
         self,
         spec: EncoderSpec,
-        model: Model,
+        model: Model | Path,
         threads: int | None = None,
         *,
         batch: int | None = None,
         optimise: bool = True,
     ) -> None:
-        """Compile a graph. threads: tiles in flight, one per core by default. optimise: let the runtime fuse operators.
+        """Compile a graph, or the file of one. threads: tiles in flight, one per core by default.
 
-        Raises EncoderError if the runtime refuses the graph or runs it elsewhere than on the CPU.
+        optimise: let the runtime fuse operators. Raises EncoderError if the runtime refuses the graph or runs it elsewhere than on the CPU.
         """
         self.spec, self.batch = spec, batch or BATCH
         self._threads = threads or available_cores()

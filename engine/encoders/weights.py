@@ -3,21 +3,29 @@
 import hashlib
 import importlib.util
 import os
+import re
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from patchmill.encoders.cache import cache_folder
 from patchmill.encoders.cards import Card, Exported, WeightsSource
 from patchmill.encoders.exported import files_of
 from patchmill.encoders.tensorfile import INDEX, shards_of
 from patchmill.encoders.torchfile import RefusedError
 from patchmill.errors import EncoderError
+from patchmill.types import fingerprint_of
 
 __all__ = ["Located", "find", "locate", "sha256_of"]
 
 # In order of preference: files that cannot hold code first.
 CACHED = ("model.safetensors", f"model{INDEX}", "pytorch_model.bin", "open_clip_pytorch_model.bin", "model.pth")
 SUFFIXES = {False: (".safetensors", INDEX, ".pth", ".bin"), True: (".onnx",)}  # True: of a graph of its own
+LARGE = 64 << 20  # bytes
+SETTLED = 5 * 10**9  # nanoseconds
+HEX = re.compile(r"[0-9a-f]{64}")
 ALTERNATIVE = "efficientnet-lite0"  # its weights are free and can be installed
 
 
@@ -105,7 +113,7 @@ def _cached(repository: str) -> list[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hex; remembered as long as path, size and modification time stay.
+    """sha256 of a file's bytes, in hex; remembered as long as path, size, times and inode stay.
 
     Of an index, and of a graph whose weights lie beside it: of the lines "sha256 name" of the files that it names, in
     the order of their names, and for a graph with itself.
@@ -125,11 +133,25 @@ def sha256_of(path: Path) -> str:
 
 
 def _hashed(path: Path) -> str:
+    """sha256 of one file. Of a large one it is remembered on disk, too: hashing takes a second per gigabyte."""
     status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns)
+    facts = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+    if status.st_size < LARGE:
+        return _sha256(path, facts)
+    note = cache_folder() / "hashes" / fingerprint_of([str(path.absolute()), *facts])
+    with suppress(OSError, UnicodeDecodeError):
+        if HEX.fullmatch(known := note.read_text("ascii")):
+            return known
+    found = _sha256(path, facts)
+    # The system's clock ticks every few milliseconds: a file that has just been written could change unnoticed.
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED:
+        with suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            note.write_text(found, "ascii")
+    return found
 
 
 @lru_cache(maxsize=32)
-def _sha256(path: Path, _size: int, _modified: int) -> str:
+def _sha256(path: Path, _facts: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
