@@ -58,7 +58,8 @@ class CpuEncoder:
     ) -> None:
         """Compile a graph, or the file of one. threads: tiles in flight, one per core by default.
 
-        optimise: let the runtime fuse operators. Raises EncoderError if the runtime refuses the graph or runs it elsewhere than on the CPU.
+        optimise: let the runtime fuse operators. Raises EncoderError if the runtime refuses the graph or runs it
+        elsewhere than on the CPU.
         """
         self.spec, self.batch = spec, batch or BATCH
         self._threads = threads or available_cores()
