@@ -272,8 +272,8 @@ class EncodeSettings:
     threads: int | None = None  # cores for an encoder on the CPU; None is all
 
     def __post_init__(self) -> None:
-        if self.batch is not None and self.batch < 1:
-            raise UsageError("--batch", f"{self.batch} tiles are no batch", "use 1 or more")
+        if self.batch is not None and not 1 <= self.batch <= 8192:
+            raise UsageError("--batch", f"{self.batch} tiles are no batch", "use 1 to 8192")
         if self.threads is not None and self.threads < 1:
             raise UsageError("--threads", f"{self.threads} cores cannot run an encoder", "use 1 or more")
 

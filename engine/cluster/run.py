@@ -86,7 +86,7 @@ def run(
     doors = doors or Doors()
     with archive.run_lock():
         _check_plan(archive, plan, settings.new_plan)
-        encode = replace(encode, precision=_precision(archive, encode, doors))
+        encode, gpus, note = _placed(archive, encode, doors)
         journal = Journal.create(archive.path / "runs")
         job = Job(
             archive=str(archive.path),
@@ -99,15 +99,23 @@ def run(
             stage=_stage_folder(archive, settings.stage),
             doors=doors,
         )
-        return _Run(archive, job, settings, journal, watch).carry_out(refs)
+        return _Run(archive, job, settings, journal, watch, gpus, note).carry_out(refs)
 
 
 class _Run:
     """The parts of one run and what is known of them so far, for a report at any time."""
 
     def __init__(
-        self, archive: Archive, job: Job, settings: RunSettings, journal: Journal, watch: Callable[[Event], None]
+        self,
+        archive: Archive,
+        job: Job,
+        settings: RunSettings,
+        journal: Journal,
+        watch: Callable[[Event], None],
+        gpus: int,
+        note: str,
     ) -> None:
+        self._gpus, self._note = gpus, note
         self._archive, self._job, self._settings, self._journal, self._watch = archive, job, settings, journal, watch
         self._start, self._started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
@@ -119,10 +127,11 @@ class _Run:
             if self._job.encode.precision != "auto":
                 spec = self._job.doors.resolve(self._job.encode)
                 _check_view(self._job.plan, spec)
+                _check_outputs(self._archive, spec)
                 refs, skipped = self._skip_complete(refs, spec)
                 if not refs and self._recorded(spec):
                     return self._report(spec, {}, skipped, None, [], "")
-            gpus = self._job.doors.gpus(self._job.encode)
+            gpus = self._gpus
             workers = (gpus or 1) if self._settings.workers is None else self._settings.workers
             threads = _task_threads(workers, gpus)
             lock = self._archive.private / "workers.lock"
@@ -132,6 +141,7 @@ class _Run:
             client.subscribe_topic(PROGRESS, self._told)
             spec, gate = self._gated(client)
             _check_view(self._job.plan, spec)
+            _check_outputs(self._archive, spec)
             if not skipped:
                 refs, skipped = self._skip_complete(refs, spec)
             self._archive.add_plan(self._job.plan)
@@ -203,10 +213,14 @@ class _Run:
             raise EncoderError(
                 self._job.encode.encoder, wrong, "check the memory, or take a smaller encoder"
             ) from error
+        gate = gated.gate
         if gated.fresh:
-            self._archive.add_encoder(gated.spec, gated.gate)
-        self._job = replace(self._job, encode=replace(self._job.encode, precision=gated.spec.precision))
-        return gated.spec, gated.gate
+            self._archive.add_encoder(gated.spec, gate)
+        elif self._note:
+            gate = {**gate, "why": f"{gate['why']}{self._note}"}
+        encode = replace(self._job.encode, precision=gated.spec.precision)
+        self._job = replace(self._job, encode=encode, device=gate["device"])
+        return gated.spec, gate
 
     def _suspects(self) -> dict[str, int]:
         """Sources to be run last and alone, with the deaths that they are held responsible for."""
@@ -318,6 +332,26 @@ def _check_view(plan: PlanSettings, spec: EncoderSpec) -> None:
     if plan.tile < spec.view.pixels:
         wrong = f"tiles of {plan.tile} px would have to be enlarged to the {spec.view.pixels} px that {spec.name} takes"
         raise UsageError("--tile", wrong, f"use --tile {spec.view.pixels} or more, or fewer --pixels")
+
+
+def _check_outputs(archive: Archive, spec: EncoderSpec) -> None:
+    known = archive.encoders().get(spec.key)
+    if known is not None and dict(known.spec.outputs) != dict(spec.outputs):
+        there, here = (", ".join(sorted(each.outputs)) for each in (known.spec, spec))
+        wrong = f"it holds {there} of {spec.name}, whose YAML file now asks for {here}"
+        raise UsageError(str(archive.path), wrong, "embed into another archive")
+
+
+def _placed(archive: Archive, encode: EncodeSettings, doors: Doors) -> tuple[EncodeSettings, int, str]:
+    """The settings with what `auto` stands for in this archive and on this machine. Raises EncoderError."""
+    precision = _precision(archive, encode, doors)
+    try:
+        return doors.placed(replace(encode, precision=precision))
+    except EncoderError as error:
+        if precision == encode.precision:
+            raise
+        wrong = f"it was begun in {precision}: {error.wrong}"
+        raise EncoderError(str(archive.path), wrong, "go on where that runs, or use another archive") from error
 
 
 def _precision(archive: Archive, encode: EncodeSettings, doors: Doors) -> Any:

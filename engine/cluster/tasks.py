@@ -15,7 +15,7 @@ from patchmill import encoders, plan, sources, stream
 from patchmill.archive import Archive, SourceStore, choose_shard_rows
 from patchmill.cluster.journal import opened
 from patchmill.encoders import GateReport
-from patchmill.errors import SourceError
+from patchmill.errors import EncoderError, SourceError
 from patchmill.sources import Patience, PatientSlide
 from patchmill.types import (
     Encoder,
@@ -52,7 +52,7 @@ class Doors:
     resolve: Callable[[EncodeSettings], EncoderSpec] = encoders.resolve
     open_encoder: Callable[[EncodeSettings], Encoder] = encoders.open_encoder
     open_gated: Callable[[EncodeSettings], tuple[Encoder, GateReport]] = encoders.open_gated
-    gpus: Callable[[EncodeSettings], int] = encoders.gpus_for
+    placed: Callable[[EncodeSettings], tuple[EncodeSettings, int, str]] = encoders.placed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,7 @@ class Job:
     shard_rows: int | None = None  # None: chosen from the measured rate
     read_timeout: float = sources.READ_TIMEOUT  # seconds without an answer after which storage is given up
     stage: str | None = None  # folder on a local disk that sources are copied into before they are read
+    device: Mapping[str, Any] | None = None  # provenance of the encoder that was gated; known after that
     doors: Doors = field(default_factory=Doors)
 
 
@@ -181,6 +182,10 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
     """Embed and commit one shard. Raises SourceError, or EncoderError if the encoder stopped."""
     # Before the mark: a worker that dies while it opens the encoder, for want of memory say, is no fault of the source.
     batcher, provenance = stream.batcher_for(job.encode, job.doors.open_encoder, _progress())
+    if job.device is not None and dict(provenance) != dict(job.device):
+        other = ", ".join(f"{part} {each}" for part, each in provenance.items() if job.device.get(part) != each)
+        wrong = f"a worker runs it elsewhere than where it passed the gate ({other})"
+        raise EncoderError(job.encode.encoder, wrong, "use devices of one kind, with CUDA_VISIBLE_DEVICES")
     with opened(Path(job.run), ref.id, str(shard.start)), sources.Patience(ref.id, job.read_timeout) as patience:
         store = Archive.open(job.archive).source(ref.id)
         if store.acknowledged(shard):  # by a task whose answer was lost with its worker

@@ -1,7 +1,7 @@
 """Encoders: cards, weights, graphs, sessions, precisions and the execution gate. Never reads pixels from sources."""
 
 from patchmill.encoders.gate import GateReport, gate_tiles
-from patchmill.encoders.opening import EncoderCard, advice, export, gpus_for, known, open_encoder, open_gated, resolve
+from patchmill.encoders.opening import EncoderCard, advice, export, known, open_encoder, open_gated, placed, resolve
 from patchmill.encoders.session import CpuEncoder, available_cores
 
 __all__ = [
@@ -12,9 +12,9 @@ __all__ = [
     "available_cores",
     "export",
     "gate_tiles",
-    "gpus_for",
     "known",
     "open_encoder",
     "open_gated",
+    "placed",
     "resolve",
 ]

@@ -100,6 +100,7 @@ class Exported:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 PUBLISHED = re.compile(r"[\w.-]+\*?[\w.-]*", re.ASCII)  # a file's name, with one star at most
 MOST_PIXELS = 4096
+MOST_BYTES = 1 << 20  # of a YAML file
 
 Architecture = ViT | ConvNeXt | EfficientNetLite  # those that we author
 FAMILIES = {
@@ -182,6 +183,8 @@ def _theirs(folder: Path) -> Mapping[str, Card]:
         try:
             if not path.is_file():  # a pipe would block for ever
                 raise EncoderError(str(path), "is no regular file", "take it away")
+            if path.stat().st_size > MOST_BYTES:
+                raise EncoderError(str(path), "is too large for a YAML file of facts", "take it away")
             each = read_card(str(path), path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise EncoderError(str(path), f"cannot be read ({type(error).__name__})", "check the file") from error
@@ -228,15 +231,15 @@ def check(card: Card) -> None:
             raise msgspec.ValidationError(f"{fact}: {wrong}")
 
     demand(NAME.fullmatch(card.name) is not None, "name", "letters, digits, points and hyphens, at most 64")
-    demand(
-        all(text.isprintable() for text in (card.title, card.license, card.weights.obtain)), "title", "not printable"
-    )
+    texts = (card.title, card.license, card.weights.obtain)
+    demand(all(text.isprintable() and len(text) < 1000 for text in texts), "title", "not printable, or too long")
     published = card.weights.published
     demand(published is None or PUBLISHED.fullmatch(published) is not None, "weights.published", "no pattern of a name")
     eps = 1e-6 if isinstance(arch, Exported) else arch.eps
     numbers = (*arch.mean, *arch.std, eps)
     demand(all(math.isfinite(number) for number in numbers), "architecture", "mean, std and eps are finite numbers")
-    demand(min(arch.std) > 1e-6, "architecture.std", "greater than 0")
+    demand(min(arch.std) > 1e-6 and max(arch.std) <= 2, "architecture.std", "greater than 0, of pixels in 0..1")
+    demand(max(map(abs, arch.mean)) <= 2, "architecture.mean", "of pixels in 0..1")
     demand(0 < eps <= 0.1, "architecture.eps", "greater than 0, at most 0.1")
     demand(min(card.outputs.values(), default=0) > 0, "outputs", "at least one, with a width")
     demand(card.pixels > 0 and card.pixels <= MOST_PIXELS, "pixels", f"1 to {MOST_PIXELS}")

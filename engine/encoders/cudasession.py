@@ -16,11 +16,11 @@ import numpy as np
 import onnxruntime
 from jaxtyping import Float32, UInt8
 
-from patchmill.encoders.cache import cache_folder
+from patchmill.encoders.cache import cache_folder, code_digest
 from patchmill.encoders.graph import Model
 from patchmill.encoders.lint import tensorrt_findings
 from patchmill.encoders.runtimes import CHUNKS, PROVIDERS, Gpu, Runtime, chunk_of, gpu
-from patchmill.encoders.session import RUNTIME_ERRORS, demand_tiles, open_session
+from patchmill.encoders.session import RUNTIME_ERRORS, demand_tiles, demand_vectors, open_session
 from patchmill.errors import EncoderError
 from patchmill.types import EncoderSpec, fingerprint_of
 
@@ -40,7 +40,9 @@ class CudaEncoder:
         Raises EncoderError if the provider is missing, refuses the graph, or would leave a part of it to the CPU.
         """
         self.spec = spec
-        self._chunk = chunk_of(spec.view.pixels, batch)
+        (pixels,) = model.proto.graph.input
+        fixed = pixels.type.tensor_type.shape.dim[0].dim_value  # of a graph that is not ours
+        self._chunk = fixed or chunk_of(spec.view.pixels, batch)
         self.batch = batch or CHUNKS * self._chunk
         device = gpu()
         onnxruntime.preload_dlls()  # those of CUDA and cuDNN, where they were installed as wheels
@@ -51,6 +53,7 @@ class CudaEncoder:
             "cuda": device.cuda,
             "chunk": str(self._chunk),
             "numpy": np.__version__,
+            "patchmill": code_digest(),
         }
         if runtime == "tensorrt":
             version = _tensorrt_version(spec.name)
@@ -80,7 +83,7 @@ class CudaEncoder:
             if rows < self._chunk:  # always the same shape, so that no other kernels are chosen
                 part = np.concatenate([part, np.zeros((self._chunk - rows, *self.spec.input), np.uint8)])
             for array, value in zip(vectors.values(), self._session.run(list(vectors), {"pixels": part}), strict=True):
-                array[first : first + rows] = value[:rows]
+                array[first : first + rows] = demand_vectors(self.spec, value, self._chunk, array.shape[1])[:rows]
 
         try:
             list(self._pool.map(encode, range(0, len(pixels), self._chunk)))

@@ -6,6 +6,7 @@ control flow, and weights from its own folder.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import ENOENT
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,11 @@ __all__ = ["files_of", "read_graph"]
 
 DOMAINS = {"", "ai.onnx"}
 INPUT = "pixels"
+# Of weights: what NumPy and ONNX Runtime both have. Strings would be pointers, which a file could lead anywhere.
+TYPES = {
+    getattr(TensorProto, name)
+    for name in "FLOAT DOUBLE FLOAT16 BOOL INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64".split()  # noqa: SIM905
+}
 MARK = "patchmill."  # what our nodes' names begin with
 DO = "export it again: docs/encoders.md, 'Anything else'"
 
@@ -34,8 +40,10 @@ def read_graph(path: Path, card: Card, pixels: int) -> Model:
     with told(path):
         proto = _parsed(path)
         arrays = {tensor.name: _array(path, tensor) for tensor in proto.graph.initializer}
+        if len(arrays) < len(proto.graph.initializer) or proto.graph.sparse_initializer:
+            raise ValueError("two of its weights have one name, or are sparse")
     _check_nodes(path, proto)
-    floats, last = _check_input(path, proto, pixels)
+    floats, last, batch = _check_input(path, proto, pixels)
     _check_outputs(path, proto, card)
     large = {name: array for name, array in arrays.items() if array.nbytes > INLINE}
     for tensor in proto.graph.initializer:
@@ -49,7 +57,7 @@ def read_graph(path: Path, card: Card, pixels: int) -> Model:
         )
         tensor.external_data.add(key="location", value="memory")
     assert isinstance(card.architecture, Exported)
-    _take_bytes(proto, floats, last, card.architecture, pixels)
+    _take_bytes(proto, floats, last, card.architecture, [batch, pixels, pixels, 3])
     with told(path):
         shape_inference.infer_shapes(proto, strict_mode=True)
     return Model(proto, large)
@@ -78,8 +86,13 @@ def told(path: Path) -> Iterator[None]:
         ) from error
 
 
+def shown(text: str) -> str:
+    """A name out of a file as a terminal may show it."""
+    return text if text.isprintable() else ascii(text)
+
+
 def _parsed(path: Path) -> onnx.ModelProto:
-    proto = onnx.load_model(str(path), load_external_data=False)
+    proto = onnx.load_model(str(path), format="protobuf", load_external_data=False)
     if not proto.graph.node:
         raise ValueError("it has no operators")
     return proto
@@ -92,13 +105,19 @@ def _outside(tensor: TensorProto) -> bool:
 def _beside(path: Path, tensor: TensorProto) -> Path:
     """The file that holds a tensor; it must be in the graph's own folder."""
     location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-    if not location or location != Path(location).name:
-        raise ValueError(f"{tensor.name} lies in another folder: {location}")
-    return path.with_name(location)
+    if not location or location != Path(location).name or not location.isprintable():
+        raise ValueError(f"{shown(tensor.name)} lies in another folder: {shown(location)}")
+    beside = path.with_name(location)
+    if not beside.is_file():  # a pipe would block for ever
+        raise FileNotFoundError(ENOENT, f"{location}, which holds its weights, is no file", location)
+    return beside
 
 
 def _array(path: Path, tensor: TensorProto) -> np.ndarray:
     """The numbers of a tensor; of one in another file a view of that file, which memory holds when they are needed."""
+    if tensor.data_type not in TYPES:
+        kind = TensorProto.DataType.Name(tensor.data_type) if tensor.data_type in TensorProto.DataType.values() else "?"
+        raise ValueError(f"{shown(tensor.name)} is {kind}, which cannot run here")
     if not _outside(tensor):
         array: np.ndarray = numpy_helper.to_array(tensor)
     else:
@@ -107,12 +126,12 @@ def _array(path: Path, tensor: TensorProto) -> np.ndarray:
         file, offset = _beside(path, tensor), int(facts.get("offset", 0))
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if min(shape, default=1) < 0 or offset < 0 or int(facts.get("length", size)) != size:
-            raise ValueError(f"{tensor.name} has impossible bounds")
+            raise ValueError(f"{shown(tensor.name)} has impossible bounds")
         if offset + size > file.stat().st_size:
-            raise ValueError(f"{tensor.name} lies behind the end of {file.name}")
+            raise ValueError(f"{shown(tensor.name)} lies behind the end of {file.name}")
         array = np.memmap(file, dtype, "r", offset, shape) if size else np.empty(shape, dtype)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"{tensor.name} holds numbers that are not finite")
+        raise ValueError(f"{shown(tensor.name)} holds numbers that are not finite")
     return array
 
 
@@ -120,20 +139,20 @@ def _check_nodes(path: Path, proto: onnx.ModelProto) -> None:
     foreign = next((node for node in proto.graph.node if node.domain not in DOMAINS), None)
     if foreign is not None or proto.functions:
         what = foreign.op_type if foreign is not None else proto.functions[0].name
-        raise EncoderError(str(path), f"{what} is no operator of ONNX's own", DO)
+        raise EncoderError(str(path), f"{shown(what)} is no operator of ONNX's own", DO)
     for node in proto.graph.node:
         for each in node.attribute:
             if each.HasField("g") or each.graphs:
-                raise EncoderError(str(path), f"{node.op_type} branches or loops", DO)
+                raise EncoderError(str(path), f"{shown(node.op_type)} branches or loops", DO)
             if each.HasField("t") and _outside(each.t):
-                raise EncoderError(str(path), f"a constant of {node.op_type} lies outside the graph", DO)
+                raise EncoderError(str(path), f"a constant of {shown(node.op_type)} lies outside the graph", DO)
     names = {name for node in proto.graph.node for name in (*node.input, *node.output)}
     if any(name == INPUT or name.startswith(MARK) for name in names - {value.name for value in proto.graph.input}):
         raise EncoderError(str(path), f"a value inside is called {INPUT!r} or {MARK}…", "give it another name")
 
 
-def _check_input(path: Path, proto: onnx.ModelProto, pixels: int) -> tuple[str, bool]:
-    """Name of the one input, and whether its channels come last."""
+def _check_input(path: Path, proto: onnx.ModelProto, pixels: int) -> tuple[str, bool, int | str]:
+    """Name of the one input, whether its channels come last, and its batch: "B" or 1."""
     constants = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value for value in proto.graph.input if value.name not in constants]
     kind = inputs[0].type.tensor_type if len(inputs) == 1 else None
@@ -146,14 +165,16 @@ def _check_input(path: Path, proto: onnx.ModelProto, pixels: int) -> tuple[str, 
         text = ", ".join("?" if size is None else str(size) for size in shape)
         do = f"export it for {pixels} px and a batch that may vary, or give the pixels that it has"
         raise EncoderError(str(path), f"its input is [{text}], not [?, 3, {pixels}, {pixels}]", do)
-    return inputs[0].name, last
+    return inputs[0].name, last, shape[0] or "B"
 
 
 def _check_outputs(path: Path, proto: onnx.ModelProto, card: Card) -> None:
     found = {value.name: value for value in proto.graph.output}
     for name, width in card.outputs.items():
         if name not in found:
-            raise EncoderError(str(path), f"it has no output {name}", f"it has {', '.join(sorted(found)) or 'none'}")
+            raise EncoderError(
+                str(path), f"it has no output {name}", f"it has {shown(', '.join(sorted(found))) or 'none'}"
+            )
         kind = found[name].type.tensor_type
         shape = [dim.dim_value or None for dim in kind.shape.dim]
         if kind.elem_type != TensorProto.FLOAT or len(shape) != 2 or shape[1] not in (width, None):
@@ -163,7 +184,7 @@ def _check_outputs(path: Path, proto: onnx.ModelProto, card: Card) -> None:
     proto.graph.output.extend(kept)
 
 
-def _take_bytes(proto: onnx.ModelProto, floats: str, last: bool, arch: Exported, pixels: int) -> None:
+def _take_bytes(proto: onnx.ModelProto, floats: str, last: bool, arch: Exported, shape: list[int | str]) -> None:
     """Put in front what makes normalised floats of uint8 pixels: x / (255 std) - mean / std, in the input's order."""
     scale = (1 / (255 * np.array(arch.std))).astype(np.float32)
     shift = (np.array(arch.mean) / np.array(arch.std)).astype(np.float32)
@@ -180,4 +201,4 @@ def _take_bytes(proto: onnx.ModelProto, floats: str, last: bool, arch: Exported,
     others = list(proto.graph.node)
     del proto.graph.node[:], proto.graph.input[:]
     proto.graph.node.extend([*nodes, *others])
-    proto.graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.UINT8, ["B", pixels, pixels, 3]))
+    proto.graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.UINT8, shape))

@@ -10,15 +10,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from tempfile import mkdtemp
 
 import google_crc32c
 
-from patchmill.encoders.cache import cache_folder
+from patchmill.encoders.cache import cache_folder, code_digest
 from patchmill.encoders.graph import Model
 from patchmill.types import EncoderSpec, fingerprint_of
 
@@ -86,17 +84,7 @@ def _unfinished(parent: Path) -> Iterator[Path]:
 
 
 def _folder(spec: EncoderSpec) -> Path:
-    return cache_folder() / "graphs" / fingerprint_of({"encoder": spec.key, "code": _code()})
-
-
-@cache
-def _code() -> str:
-    """sha256 of the modules of this package, since any of them may change what is authored."""
-    digest = sha256()
-    for file in sorted(files("patchmill.encoders").iterdir(), key=lambda each: each.name):
-        if file.name.endswith(".py"):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return cache_folder() / "graphs" / fingerprint_of({"encoder": spec.key, "code": code_digest()})
 
 
 def _checksum(path: Path) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from patchmill.encoders import convnext, efficientnet, vit
 from patchmill.encoders.cards import Architecture, Card, ConvNeXt, EfficientNetLite, Exported, ViT, card, cards
 from patchmill.encoders.checkpoints import load
-from patchmill.encoders.exported import read_graph
+from patchmill.encoders.exported import files_of, read_graph
 from patchmill.encoders.gate import GateReport, judge, reference_of, refusal
 from patchmill.encoders.graph import Model
 from patchmill.encoders.graphcache import CachedGraph, digest_of, find_graph, keep_graph
@@ -27,7 +27,7 @@ from patchmill.types import Encoder, EncoderSpec, EncodeSettings, PlanSettings, 
 
 Weights = Mapping[str, np.ndarray] | Model  # a graph that is not ours comes with its weights
 
-__all__ = ["EncoderCard", "advice", "export", "gpus_for", "known", "open_encoder", "open_gated", "resolve"]
+__all__ = ["EncoderCard", "advice", "export", "known", "open_encoder", "open_gated", "placed", "resolve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ def _identity(chosen: Card, settings: EncodeSettings) -> str:
             raise EncoderError("--untrained", f"{settings.untrained} is no seed", "use 0 or more")
         return f"untrained:{settings.untrained}"
     located = locate(chosen, settings.weights)
-    found = sha256_of(located.path)
+    found = sha256_of(located.path, graph=isinstance(chosen.architecture, Exported))
     if located.where == chosen.weights.package and found != chosen.weights.sha256:
         wrong = f"{located.path.name} in the package {located.where} is not the file that was published"
         raise EncoderError(chosen.name, wrong, "install the package again")
@@ -151,9 +151,13 @@ def open_encoder(settings: EncodeSettings) -> Encoder:
     return encoder
 
 
-def gpus_for(settings: EncodeSettings) -> int:
-    """How many GPUs encoders of these settings can share; 0 where they run on the CPU. Raises EncoderError."""
-    return gpus() if _runtime(settings)[0] != "cpu" else 0
+def placed(settings: EncodeSettings) -> tuple[EncodeSettings, int, str]:
+    """The settings with the runtime that `auto` stands for here, the GPUs that it can use, what is to be said of it.
+
+    Raises EncoderError.
+    """
+    runtime, note = _runtime(settings)
+    return replace(settings, runtime=runtime), gpus() if runtime != "cpu" else 0, note
 
 
 def _runtime(settings: EncodeSettings) -> tuple[Runtime, str]:
@@ -198,6 +202,11 @@ def export(settings: EncodeSettings, path: Path) -> None:
     data = path.with_name(f"{path.name}.data") if path.name else path
     if path.is_dir() or data.is_dir() or path.suffix != ".onnx":
         raise EncoderError("--onnx", f"{path} cannot be the name of a graph", "end it with .onnx, as graph.onnx")
+    chosen = card(settings.encoder)
+    if isinstance(chosen.architecture, Exported):
+        own = {each.resolve() for each in files_of(locate(chosen, settings.weights).path)}
+        if own & {path.resolve(), data.resolve()}:
+            raise EncoderError("--onnx", f"{path} is the encoder's own graph, or its weights", "name another file")
     model = _graph(spec, _weights(settings), plain=spec.precision != "int8")
     try:
         model.save(path)
@@ -213,6 +222,8 @@ def open_gated(settings: EncodeSettings, *, afresh: bool = False) -> tuple[Encod
     report's `why` says what was taken and for what reason. afresh: do not take the word of an earlier gate on this
     machine. Raises EncoderError if a precision does not pass.
     """
+    if settings.precision != "auto":
+        resolve(settings)  # what the encoder lacks is told before what the machine lacks
     runtime, note = _runtime(settings)
     plan = [(precision, said + note) for precision, said in _precisions_to_try(settings, runtime)]
     encoder, report = _first_that_passes(settings, runtime, plan, afresh)

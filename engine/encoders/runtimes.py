@@ -104,7 +104,8 @@ def runtime_for(asked: str, precision: str, *, foreign: bool = False) -> tuple[R
             lacks = "; ".join(f"{runtime}: {lack}" for runtime, lack in lacking.items())
             raise EncoderError("--precision", f"{precision} cannot run here ({lacks})", "use auto, fp32 or int8")
         unused = "; ".join(f"{runtime}: {lack}" for runtime, lack in lacking.items() if lack)
-        return chosen, f", the GPU is not used ({unused})" if chosen == "cpu" and gpus() and unused else ""
+        unused = unused or f"{precision} runs on the CPU alone"
+        return chosen, f", the GPU is not used ({unused})" if chosen == "cpu" and gpus() else ""
     runtime: Runtime = next(each for each in get_args(Runtime) if each == asked)
     if foreign and runtime == "torch":
         raise EncoderError("--runtime", "torch runs our own graphs alone", "use cuda or cpu")

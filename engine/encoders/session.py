@@ -7,6 +7,7 @@ int8 takes its scale from that tile alone. It costs nothing: the cores work on d
 import ctypes
 import os
 import platform
+import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import onnxruntime
 from jaxtyping import Float32, UInt8
 from onnxruntime.capi import onnxruntime_pybind11_state as pybind11_state
 
+from patchmill.encoders.cache import code_digest
 from patchmill.encoders.graph import Model
 from patchmill.errors import EncoderError
 from patchmill.types import EncoderSpec
@@ -29,7 +31,9 @@ __all__ = [
     "available_cores",
     "cpu_model",
     "demand_tiles",
+    "demand_vectors",
     "open_session",
+    "reason_of",
     "release_freed_memory",
 ]
 
@@ -72,6 +76,7 @@ class CpuEncoder:
             "device": cpu_model(),
             "threads": str(self._threads),
             "numpy": np.__version__,
+            "patchmill": code_digest(),
         }
 
     def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b d"]]:
@@ -87,12 +92,13 @@ class CpuEncoder:
         def encode(row: int) -> None:
             found = self._session.run(list(vectors), {"pixels": pixels[row : row + 1]})
             for array, value in zip(vectors.values(), found, strict=True):
-                array[row] = value[0]
+                array[row] = demand_vectors(self.spec, value, 1, array.shape[1])[0]
 
         try:
             list(self._pool.map(encode, range(len(pixels))))
         except RUNTIME_ERRORS as error:
-            raise EncoderError(self.spec.name, f"the runtime failed ({type(error).__name__})", "try fp32") from error
+            do = "check the memory" if self.spec.precision == "fp32" else "try fp32"
+            raise EncoderError(self.spec.name, f"the runtime failed ({type(error).__name__})", do) from error
         return vectors
 
     def close(self) -> None:
@@ -110,6 +116,14 @@ def demand_tiles(spec: EncoderSpec, pixels: np.ndarray) -> None:
         raise EncoderError(spec.name, f"tiles are {given}, the encoder takes {wanted}", "resize them to the view")
 
 
+def demand_vectors(spec: EncoderSpec, value: np.ndarray, rows: int, width: int) -> np.ndarray:
+    """An output as the runtime gave it. Raises EncoderError where it is not a vector of the width for each tile."""
+    if value.shape != (rows, width):
+        wrong = f"its graph gives {list(value.shape)} for {rows} tiles, not [{rows}, {width}]"
+        raise EncoderError(spec.name, wrong, "correct the widths in its YAML file, or export it again")
+    return value
+
+
 def open_session(
     name: str, model: Model | Path, providers: Sequence[Any], *, optimise: bool = True, alone: bool = False
 ) -> onnxruntime.InferenceSession:
@@ -119,29 +133,35 @@ def open_session(
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; they are raised as well
+    options.log_severity_level = 4  # errors are raised as well
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
-    if isinstance(model, Path):
-        graph: str | bytes = str(model)
-    else:
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in model.arrays.values()]
-        options.add_external_initializers(list(model.arrays), values)
-        graph = model.proto.SerializeToString()
     if alone:  # else what the provider does not have would run on the CPU, without a word
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     asked = [each if isinstance(each, str) else each[0] for each in providers]
     try:
+        if isinstance(model, Path):
+            graph: str | bytes = str(model)
+        else:
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in model.arrays.values()]
+            options.add_external_initializers(list(model.arrays), values)
+            graph = model.proto.SerializeToString()
         session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
     except RUNTIME_ERRORS as error:
-        reason = str(error).splitlines()[0][:200]
-        raise EncoderError(name, f"ONNX Runtime refuses the graph: {reason}", "check its version") from error
+        wrong = f"ONNX Runtime refuses the graph: {reason_of(error)}"
+        raise EncoderError(name, wrong, "check its version") from error
     # The CPU is named at the end of every list; that it has nothing to do was seen to above.
     found = [each for each in session.get_providers() if each == asked[0] or not (alone and each == PROVIDER)]
     if found != asked:
         wrong = f"{', '.join(asked)} was asked for, {', '.join(session.get_providers())} would run"
         raise EncoderError(name, wrong, "check onnxruntime")
     return session
+
+
+def reason_of(error: Exception) -> str:
+    """What ONNX Runtime says, without the place in its own source."""
+    text = " ".join(str(error).split())
+    return re.sub(r"/\S+\.(?:h|cc):\d+ (?:.*\) (?=[A-Z]))?", "", text).removeprefix("[ONNXRuntimeError] : ")[:200]
 
 
 def release_freed_memory() -> None:

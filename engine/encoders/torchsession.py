@@ -8,11 +8,13 @@ no other kernels are chosen for it: a tile's bytes depend on that tile alone, wh
 
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
+from patchmill.encoders.cache import code_digest
 from patchmill.encoders.graph import Model
 from patchmill.encoders.runtimes import CHUNKS, chunk_of
 from patchmill.encoders.session import demand_tiles
@@ -61,8 +63,10 @@ class TorchEncoder:
             "device": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
             "chunk": str(self._chunk),
             "numpy": np.__version__,
+            "patchmill": code_digest(),
         }
 
     def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b d"]]:
@@ -128,7 +132,8 @@ class TorchEncoder:
             if self._closed:
                 return
             self._closed = True
-            torch.cuda.synchronize(self._device)
+            with suppress(RuntimeError):  # a GPU that has failed says so again
+                torch.cuda.synchronize(self._device)
             del self._graph, self._outputs, self._module, self._pixels, self._inputs, self._staged
         torch.cuda.empty_cache()
 

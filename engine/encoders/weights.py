@@ -40,8 +40,9 @@ class Located:
 def locate(card: Card, given: str | None) -> Located:
     """The weights file of an encoder: the given one, else what `find` finds. Raises EncoderError if there is none."""
     if given is not None:
-        if not Path(given).is_file():
-            raise EncoderError("--weights", f"{given} is no file", "give a safetensors or .pth file")
+        if not os.path.isfile(given):  # false as well for what can be no path
+            kind = "the .onnx" if isinstance(card.architecture, Exported) else "a safetensors or .pth"
+            raise EncoderError("--weights", f"{given[:200]} is no file", f"give {kind} file")
         return Located(Path(given), "--weights")
     found = find(card)
     if found is None:
@@ -65,6 +66,8 @@ def find(card: Card) -> Located | None:
         patterns = [f"{card.name}{suffix}" for suffix in SUFFIXES[isinstance(card.architecture, Exported)]]
         patterns += [source.published] if source.published else []
         for path in (path for pattern in patterns for path in sorted(Path(folder).glob(pattern))):
+            if not path.is_file():  # a pipe would block for ever
+                raise EncoderError("PATCHMILL_WEIGHTS", f"{path} is no regular file", "take it away")
             return Located(path, "PATCHMILL_WEIGHTS")
     if source.repository:
         for path in _cached(source.repository):
@@ -112,14 +115,14 @@ def _cached(repository: str) -> list[Path]:
     return [folder / "snapshots" / revision / name for name in CACHED]
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, *, graph: bool = False) -> str:
     """sha256 of a file's bytes, in hex; remembered as long as path, size, times and inode stay.
 
     Of an index, and of a graph whose weights lie beside it: of the lines "sha256 name" of the files that it names, in
-    the order of their names, and for a graph with itself.
+    the order of their names, and for a graph with itself. graph: whether it is one.
     """
     try:
-        parts = shards_of(path) if path.name.endswith(INDEX) else files_of(path) if path.suffix == ".onnx" else [path]
+        parts = shards_of(path) if path.name.endswith(INDEX) else files_of(path) if graph else [path]
         if parts != [path]:
             lines = "".join(f"{_hashed(part)} {part.name}\n" for part in parts)
             return hashlib.sha256(lines.encode()).hexdigest()

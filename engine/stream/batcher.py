@@ -192,10 +192,13 @@ class Batcher:
             while (filling := self._next()) is not None:
                 n = filling.filled
                 batch = Batch(filling.pixels[:n], filling.shard[:n], filling.row[:n])
-                vectors = self._encoder(batch.pixels)
+                try:
+                    vectors = self._encoder(batch.pixels)
+                finally:
+                    with self._changed:
+                        self._account()
+                        self._calls -= 1
                 with self._changed:
-                    self._account()
-                    self._calls -= 1
                     self.batches += 1
                     self.tiles += n
                 self._deliver(batch, vectors)

@@ -25,6 +25,7 @@ def batcher_for(
     """
     with _lock:  # held while it opens: every other task needs it too, and two would not fit into memory
         if _held is None or _held[0] != settings or _held[2].failed:
+            _let_go()  # first: two may not fit into the memory of a GPU
             _hold(settings, opener(settings), progress)
         assert _held is not None
         return _held[2], _held[1].provenance
@@ -38,18 +39,21 @@ def keep(settings: EncodeSettings, encoder: Encoder, progress: Progress | None =
 
 def _hold(settings: EncodeSettings, encoder: Encoder, progress: Progress | None) -> None:
     global _held
-    if _held is not None:
-        _held[2].close()
+    _let_go()
     _held = (settings, encoder, Batcher(encoder, encoder.batch, on_rows=_throttled(progress) if progress else None))
 
 
 def release() -> None:
     """Close the encoder of this process, if one is open."""
-    global _held
     with _lock:
-        if _held is not None:
-            _held[2].close()
-            _held = None
+        _let_go()
+
+
+def _let_go() -> None:
+    global _held
+    if _held is not None:
+        batcher, _held = _held[2], None
+        batcher.close()
 
 
 def figures() -> Mapping[str, float]:
@@ -71,14 +75,16 @@ def _throttled(progress: Progress, seconds: float = 0.5) -> Progress:
     """Sums calls per label and passes them on at most every `seconds`; the rest of a shard is told by its result."""
     pending: dict[str, int] = {}
     last = 0.0
+    lock = threading.Lock()  # an encoder may have several threads
 
     def call(label: str, rows: int) -> None:
-        nonlocal last
-        pending[label] = pending.get(label, 0) + rows
-        if time.monotonic() - last >= seconds:
-            for name, count in pending.items():
-                progress(name, count)
-            pending.clear()
-            last = time.monotonic()
+        nonlocal pending, last
+        with lock:
+            pending[label] = pending.get(label, 0) + rows
+            if time.monotonic() - last < seconds:
+                return
+            told, pending, last = pending, {}, time.monotonic()
+        for name, count in told.items():
+            progress(name, count)
 
     return call

@@ -89,9 +89,9 @@ def open_null_gated(settings: EncodeSettings) -> tuple[NullEncoder, GateReport]:
     return open_null(settings), report
 
 
-def no_gpus(settings: EncodeSettings) -> int:
-    """As `patchmill.encoders.gpus_for`."""
-    return 0
+def placed_anywhere(settings: EncodeSettings) -> tuple[EncodeSettings, int, str]:
+    """As `patchmill.encoders.placed`; no GPU is used."""
+    return settings, 0, ""
 
 
 def open_any(ref: SourceRef) -> Slide:
@@ -106,5 +106,5 @@ def null_doors() -> Doors:
         resolve=resolve_null,
         open_encoder=open_null,
         open_gated=open_null_gated,
-        gpus=no_gpus,
+        placed=placed_anywhere,
     )

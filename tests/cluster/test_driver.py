@@ -13,8 +13,9 @@ import pytest
 from patchmill import EncodeSettings, PlanSettings, RunSettings, embed
 from patchmill.archive import Archive
 from patchmill.cli.progress import outcome_line
+from patchmill.cluster import tasks
 from patchmill.errors import EncoderError, UsageError
-from patchmill.testing.encoders import null_doors
+from patchmill.testing.encoders import NullEncoder, null_doors
 from patchmill.testing.slides import FormulaSlide, write_formula, write_pyramid
 
 
@@ -284,3 +285,57 @@ def test_tiles_are_never_enlarged_to_an_encoders_input(tmp_path):
     (path,) = slides(tmp_path, a={})
     with pytest.raises(UsageError, match="--tile: tiles of 48 px would have to be enlarged to the 64 px"):
         run(tmp_path / "archive", path, tile=48)
+
+
+class Wider(NullEncoder):
+    """The null encoder after its outputs were changed, which its key does not hold."""
+
+    def __init__(self, settings):
+        super().__init__(settings.pixels)
+        self.spec = replace(self.spec, outputs={**self.spec.outputs, "more": 64})
+
+
+def test_outputs_that_have_changed_since_are_told_and_not_taken_for_complete(tmp_path):
+    sources = slides(tmp_path, a={})
+    run(tmp_path / "archive", *sources)
+    wider = replace(null_doors(), resolve=lambda settings: Wider(settings).spec)
+    with pytest.raises(UsageError, match="it holds mean of null, whose YAML file now asks for mean, more"):
+        embed(
+            sources,
+            tmp_path / "archive",
+            plan=PlanSettings(tile=64, tissue="none"),
+            encode=EncodeSettings(encoder="null", precision="fp32", pixels=64),
+            run=RunSettings(workers=0, shard_rows=16),
+            doors=wider,
+        )
+
+
+def test_an_archive_that_was_begun_where_this_cannot_run_says_so(tmp_path):
+    sources = slides(tmp_path, a={}, b={"seed": 2})
+    how = {"plan": PlanSettings(tile=64, tissue="none"), "run": RunSettings(workers=0, shard_rows=16)}
+    auto = EncodeSettings(encoder="null", pixels=64)
+    embed(sources[:1], tmp_path / "archive", encode=auto, doors=null_doors(), **how)
+
+    def nowhere(settings):
+        assert settings.precision == "fp32"  # as it was resolved then
+        raise EncoderError("--precision", "fp32 cannot run here", "use auto")
+
+    with pytest.raises(EncoderError, match="archive: it was begun in fp32: fp32 cannot run here; go on"):
+        embed(sources, tmp_path / "archive", encode=auto, doors=replace(null_doors(), placed=nowhere), **how)
+    plain = replace(auto, precision="fp32")
+    with pytest.raises(EncoderError, match="use auto"):  # what was asked for is answered as such
+        embed(sources, tmp_path / "archive", encode=plain, doors=replace(null_doors(), placed=nowhere), **how)
+
+
+def test_a_worker_on_another_device_than_the_gates_embeds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_progress", lambda: None)
+    monkeypatch.setattr(tasks.stream, "batcher_for", lambda *given: (None, {"runtime": "torch", "device": "GPU B"}))
+    job = tasks.Job(
+        archive=str(tmp_path),
+        run=str(tmp_path),
+        plan=PlanSettings(),
+        encode=EncodeSettings(encoder="null", precision="fp32"),
+        device={"runtime": "torch", "device": "GPU A"},
+    )
+    with pytest.raises(EncoderError, match=r"elsewhere than where it passed the gate \(device GPU B\)"):
+        tasks.embed(job, None, None)

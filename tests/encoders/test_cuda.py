@@ -4,11 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 
 from patchmill.encoders import cudasession, gate_tiles, vit
 from patchmill.encoders.cudasession import CudaEncoder, engine_key, tensorrt_options
 from patchmill.encoders.gate import judge, reference_of
+from patchmill.encoders.graph import Model
 from patchmill.encoders.runtimes import Gpu
 from patchmill.encoders.session import open_session
 from patchmill.errors import EncoderError
@@ -159,3 +161,15 @@ def test_tiles_of_another_size_are_refused(sessions, spec, plain):
     with pytest.raises(EncoderError, match=r"the encoder takes uint8 \[b, 224, 224, 3\]"):
         encoder(np.zeros((1, 32, 32, 3), np.uint8))
     encoder.close()
+
+
+def test_a_graph_whose_batch_is_one_gets_one_tile_at_a_time(sessions, spec, plain):
+    fixed = Model(onnx.ModelProto(), plain.arrays)
+    fixed.proto.CopyFrom(plain.proto)
+    fixed.proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    encoder = CudaEncoder(spec, fixed, "cuda", batch=8)
+    found = encoder(gate_tiles(224)[:3])
+    encoder.close()
+    assert set(sessions.shapes) == {(1, 224, 224, 3)}
+    wanted = reference_of(spec, plain, 2)
+    assert all(np.allclose(found[name], wanted[name][:3], atol=1e-4) for name in found)

@@ -1,11 +1,15 @@
 """A graph from elsewhere gives what its own model gives, and nothing else of its file is believed."""
 
+import os
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from patchmill.api import export_encoder
 from patchmill.encoders import gate_tiles, open_encoder, open_gated, resolve
 from patchmill.encoders.weights import sha256_of
 from patchmill.errors import EncoderError
@@ -126,7 +130,7 @@ def test_graph_and_weights_identify_it_together(folder):
     (folder / "weights.bin").write_bytes(data)
     assert resolve(SETTINGS).key != first.key
     assert first.precision == "fp32"
-    assert sha256_of(folder / "my-net.onnx") == resolve(SETTINGS).weights
+    assert sha256_of(folder / "my-net.onnx", graph=True) == resolve(SETTINGS).weights
 
 
 def foreign():
@@ -231,3 +235,91 @@ def test_what_only_our_own_graphs_can_do_is_refused(folder, monkeypatch):
         resolve(EncodeSettings(encoder="my-net", precision="int8"))
     with pytest.raises(EncoderError, match="torch runs our own graphs alone"):
         open_encoder(EncodeSettings(encoder="my-net", precision="fp32", runtime="torch"))
+
+
+@pytest.mark.parametrize(
+    "kind", [TensorProto.STRING, TensorProto.BFLOAT16, TensorProto.COMPLEX64, TensorProto.INT4, 99]
+)
+def test_weights_of_types_that_are_not_plain_numbers_are_never_mapped(folder, kind):
+    """A string would be a pointer out of the file."""
+    (folder / "weights.bin").write_bytes(b"A" * 4096)
+    model = graph()
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_type, tensor.data_location = kind, TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights.bin")
+    (folder / "my-net.onnx").write_bytes(model.SerializeToString())
+    assert "which cannot run here" in refused(open_encoder, SETTINGS)
+
+
+def test_pipes_and_devices_are_not_read(folder):
+    how = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
+    put(folder, graph(), **how)
+    (folder / "weights.bin").unlink()
+    os.mkfifo(folder / "weights.bin")
+    assert "weights.bin, which holds its weights, is no file" in refused(open_encoder, SETTINGS)
+    (folder / "my-net.onnx").unlink()
+    os.mkfifo(folder / "my-net.onnx")
+    assert "is no regular file" in refused(open_encoder, SETTINGS)
+
+
+def test_two_weights_of_one_name_are_refused(folder):
+    model = graph()
+    model.graph.initializer.append(numpy_helper.from_array(2 * WEIGHT, "w"))
+    (folder / "my-net.onnx").write_bytes(model.SerializeToString())
+    assert "have one name" in refused(open_encoder, SETTINGS)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".ONNX", ".bin"])
+def test_the_weights_beside_it_count_whatever_it_is_called(folder, suffix):
+    how = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
+    path = folder / f"net{suffix}"
+    onnx.save_model(graph(), str(path), **how)
+    settings = replace(SETTINGS, weights=str(path))
+    first = resolve(settings).key
+    data = bytearray((folder / "weights.bin").read_bytes())
+    data[0] ^= 1
+    (folder / "weights.bin").write_bytes(data)
+    assert resolve(settings).key != first
+
+
+@pytest.mark.parametrize("width", [1, 9])
+def test_an_output_of_another_width_than_it_says_is_no_vector(folder, width):
+    """Its width is told only when it runs; one number would fill a row of five."""
+    model = graph(outputs=[helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["B", "?"])])
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((3, width), np.float32), "w"))
+    put(folder, model)
+    encoder = open_encoder(SETTINGS)
+    assert f"its graph gives [1, {width}] for 1 tiles, not [1, 5]" in refused(encoder, tiles(1))
+    encoder.close()
+
+
+def test_export_never_overwrites_the_graph_itself(folder):
+    how = {"save_as_external_data": True, "location": "other.onnx.data", "size_threshold": 0}
+    put(folder, graph(), **how)
+    content = (folder / "my-net.onnx").read_bytes()
+    for name in ("my-net.onnx", "other.onnx"):  # the second by the name of its weights
+        assert "is the encoder's own graph, or its weights" in refused(export_encoder, SETTINGS, folder / name)
+    export_encoder(SETTINGS, folder / "written.onnx")
+    assert (folder / "written.onnx").exists()
+    assert (folder / "my-net.onnx").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [("mean: [123, 116, 103], std: [0.2, 0.2, 0.2]", "mean"), ("mean: [0, 0, 0], std: [58, 57, 57]", "std")],
+)
+def test_means_and_deviations_of_bytes_are_refused(folder, facts, told):
+    text = CARD.replace(f"mean: {list(MEAN)}, std: {list(STD)}", facts)
+    (folder / "my-net.yaml").write_text(text)
+    put(folder, graph())
+    assert f"architecture.{told}" in refused(resolve, SETTINGS)
+
+
+def test_what_onnx_runtime_says_is_told_without_its_own_source(folder):
+    model = graph()
+    model.opset_import[0].version = 999
+    (folder / "my-net.onnx").write_bytes(model.SerializeToString())
+    line = refused(open_encoder, SETTINGS)
+    assert "999" in line
+    assert "onnxruntime_src" not in line

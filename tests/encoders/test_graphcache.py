@@ -85,7 +85,7 @@ def test_other_weights_pixels_precisions_and_code_have_graphs_of_their_own(setti
     save_file({"any": np.ones(3, np.float32)}, settings.weights)
     os.utime(settings.weights, ns=(1, 1))
     keys.add(graphcache._folder(resolve(settings)))
-    monkeypatch.setattr(graphcache, "_code", lambda: "other")
+    monkeypatch.setattr(graphcache, "code_digest", lambda: "other")
     keys.add(graphcache._folder(resolve(settings)))
     assert len(keys) == 5
 

@@ -13,6 +13,7 @@ import pytest
 from patchmill.errors import EncoderError
 from patchmill.stream import batcher_for, figures, keep, release, worker
 from patchmill.stream.clock import StageClock
+from patchmill.stream.worker import _throttled
 from patchmill.testing.encoders import NullEncoder
 from patchmill.types import EncodeSettings
 
@@ -200,3 +201,18 @@ def test_progress_is_told_now_and_then_and_never_more_than_was_done(monkeypatch)
         totals[label] += rows
     assert totals == {"a": 8, "b": 12, "c": 4}
     assert len(told) == 4  # the first batch, and after a second all that was done since
+
+
+def test_progress_of_several_encoder_threads_is_told_once_and_whole():
+    told = []
+    call = _throttled(lambda label, rows: told.append((label, rows)), seconds=0.0001)
+
+    def work(number):
+        for turn in range(3000):
+            call(f"{number}-{turn % 50}", 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    time.sleep(0.001)
+    call("last", 0)
+    assert sum(rows for _, rows in told) == 12000
