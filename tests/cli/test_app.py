@@ -83,7 +83,7 @@ def test_every_verb_takes_json(verb):
         ("embed a.tif --archive A --mpp-override 0", "--mpp-override: 0 is no resolution; give µm"),
         ("embed a.tif --archive A --mpp-override nan", "--mpp-override: nan is no resolution; give µm"),
         ("embed a.tif --archive A --workers -1", "--workers: -1 processes cannot be started; use 0 or more"),
-        ("embed a.tif --archive A --batch 0", "--batch: 0 tiles are no batch; use 1 or more"),
+        ("embed a.tif --archive A --batch 0", "--batch: 0 tiles are no batch; use 1 to 8192"),
         ("embed a.tif --archive A --threads 0", "--threads: 0 cores"),
         ("embed a.tif --archive A --encoder resnet", "'resnet'; use one of biomedclip, "),
         ("embed a.tif --archive no/such/folder/A", "the folder it is to lie in does not exist; make that folder"),

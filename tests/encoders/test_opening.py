@@ -90,9 +90,11 @@ def test_a_seed_and_a_file_exclude_each_other(tmp_path):
     assert refused(resolve, replace(SEEDED, untrained=-1)) == "--untrained: -1 is no seed; use 0 or more"
 
 
-@pytest.mark.parametrize(("option", "value"), [("batch", 0), ("batch", -16), ("threads", 0), ("threads", -1)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("batch", 0), ("batch", -16), ("batch", 8193), ("threads", 0), ("threads", -1)]
+)
 def test_no_tiles_per_batch_and_no_threads_are_refused(option, value):
-    with pytest.raises(UsageError, match=rf"^--{option}: {value} .*; use 1 or more"):
+    with pytest.raises(UsageError, match=rf"^--{option}: {value} .*; use 1 (or more|to 8192)"):
         EncodeSettings(**{option: value})
     with pytest.raises(FrozenInstanceError):
         SEEDED.batch = value
