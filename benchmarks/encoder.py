@@ -86,7 +86,9 @@ def bench_encoder(
         found, said = _measured(cases, inputs, products, rounds, threads, price)
         rows += found
         notes += said
-    return Record(benchmark="encoder", machine=machine(), versions=versions(), rows=tuple(rows), notes=tuple(notes))
+    return Record(
+        benchmark="encoder", machine=machine(), versions=versions(), rows=tuple(rows), notes=tuple(dict.fromkeys(notes))
+    )
 
 
 def _measured(
