@@ -6,7 +6,7 @@ operators, which the runtime may not optimise. Runtimes do get graphs wrong: see
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 
 import numpy as np
@@ -18,7 +18,7 @@ from patchmill.encoders.session import CpuEncoder
 from patchmill.errors import EncoderError
 from patchmill.types import Encoder, EncoderSpec
 
-__all__ = ["THRESHOLDS", "GateReport", "Thresholds", "gate_tiles", "judge", "reference_of", "refusal"]
+__all__ = ["THRESHOLDS", "GateReport", "Thresholds", "gate_tiles", "judge", "reference_of", "refusal", "with_whole"]
 
 SIDE = 224  # pixels per side of a shipped tile
 NEIGHBOURS = 10
@@ -104,7 +104,42 @@ def reference_of(spec: EncoderSpec, model: Model, threads: int | None = None) ->
 def judge(encoder: Encoder, reference: Vectors, why: str = "") -> GateReport:
     """Compare an open encoder with the reference on the gate's tiles, and its single tiles with its full batch."""
     spec = encoder.spec
-    tiles, limits = gate_tiles(spec.view.pixels), THRESHOLDS[spec.precision]
+    limits = THRESHOLDS[spec.precision]
+    finite, batch_equal, rate, found = _looked_at(encoder)
+    cosine, overlap, error = _agreement(found, reference) if finite else (-1.0, 0.0, float(np.finfo(np.float32).max))
+    close = error <= limits.error if spec.untrained else cosine >= limits.cosine and overlap >= limits.overlap
+    return GateReport(
+        encoder=spec.name,
+        precision=spec.precision,
+        passed=finite and batch_equal and close,
+        why=why,
+        trained=not spec.untrained,
+        cosine_min=cosine,
+        overlap=overlap,
+        error_max=error,
+        finite=finite,
+        batch_equal=batch_equal,
+        thresholds=asdict(limits),
+        tiles_per_second=rate,
+        on=" on ".join(encoder.provenance[part] for part in ("runtime", "device") if part in encoder.provenance),
+    )
+
+
+def with_whole(report: GateReport, encoder: Encoder) -> GateReport:
+    """The report of an encoder that was judged by a copy of few blocks; the whole must be finite and equal in batches."""
+    finite, batch_equal, rate, _ = _looked_at(encoder)
+    return replace(
+        report,
+        finite=report.finite and finite,
+        batch_equal=report.batch_equal and batch_equal,
+        passed=report.passed and finite and batch_equal,
+        tiles_per_second=rate,
+    )
+
+
+def _looked_at(encoder: Encoder) -> tuple[bool, bool, float, dict[str, Float[np.ndarray, "32 d"]]]:
+    """Whether all is finite; whether a tile gives the same bytes everywhere; tiles per second; vectors of the tiles."""
+    tiles = gate_tiles(encoder.spec.view.pixels)
     full = np.resize(tiles, (max(encoder.batch, len(tiles)), *tiles.shape[1:]))  # over and over, to fill a batch
     encoder(tiles[:4])  # warm up
     start = time.perf_counter()
@@ -121,23 +156,7 @@ def judge(encoder: Encoder, reference: Vectors, why: str = "") -> GateReport:
         for name in found
     )
     finite = all(bool(np.isfinite(vectors).all()) for vectors in found.values())
-    cosine, overlap, error = _agreement(found, reference) if finite else (-1.0, 0.0, float(np.finfo(np.float32).max))
-    close = error <= limits.error if spec.untrained else cosine >= limits.cosine and overlap >= limits.overlap
-    return GateReport(
-        encoder=spec.name,
-        precision=spec.precision,
-        passed=finite and batch_equal and close,
-        why=why,
-        trained=not spec.untrained,
-        cosine_min=cosine,
-        overlap=overlap,
-        error_max=error,
-        finite=finite,
-        batch_equal=batch_equal,
-        thresholds=asdict(limits),
-        tiles_per_second=len(full) / seconds,
-        on=" on ".join(encoder.provenance[part] for part in ("runtime", "device") if part in encoder.provenance),
-    )
+    return finite, batch_equal, len(full) / seconds, found
 
 
 def refusal(report: GateReport) -> EncoderError:

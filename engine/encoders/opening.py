@@ -12,10 +12,10 @@ from patchmill.encoders import convnext, efficientnet, vit
 from patchmill.encoders.cards import Architecture, Card, ConvNeXt, EfficientNetLite, Exported, ViT, card, cards
 from patchmill.encoders.checkpoints import load
 from patchmill.encoders.exported import files_of, read_graph
-from patchmill.encoders.gate import GateReport, judge, reference_of, refusal
+from patchmill.encoders.gate import GateReport, judge, reference_of, refusal, with_whole
 from patchmill.encoders.graph import Model
 from patchmill.encoders.graphcache import CachedGraph, digest_of, find_graph, keep_graph
-from patchmill.encoders.layout import untrained
+from patchmill.encoders.layout import parameters, untrained
 from patchmill.encoders.precision import Precision, precisions
 from patchmill.encoders.remembered import gate_key, recall, remember
 from patchmill.encoders.runtimes import RUNS, Runtime, gpus, runtime_for
@@ -25,6 +25,8 @@ from patchmill.encoders.weights import find, locate, sha256_of
 from patchmill.errors import EncoderError
 from patchmill.types import Encoder, EncoderSpec, EncodeSettings, PlanSettings, View
 
+LARGE = 8 << 30  # bytes of fp32 weights: DINOv3 7B has 27 GB
+SHALLOW = 4  # blocks
 Weights = Mapping[str, np.ndarray] | Model  # a graph that is not ours comes with its weights
 
 __all__ = ["EncoderCard", "advice", "export", "known", "open_encoder", "open_gated", "placed", "resolve"]
@@ -238,7 +240,7 @@ def _first_that_passes(
 
     @cache
     def reference() -> Mapping[str, np.ndarray]:
-        return reference_of(fp32, _graph(fp32, weights, plain=True), settings.threads)
+        return reference_of(fp32, _graph(fp32, weights, plain=True, depth=_judged_by(fp32)), settings.threads)
 
     refused = ""
     for precision, why in plan:
@@ -274,13 +276,29 @@ def _judged(
         known = None if afresh else recall(key)
         if known is not None:
             return encoder, replace(known, why=why)
-        report = judge(encoder, reference(), why)
+        depth = _judged_by(spec)
+        if depth is None:
+            report = judge(encoder, reference(), why)
+        else:
+            first = _opened(spec, _graph(spec, weights, plain=runtime == "tensorrt", depth=depth), runtime, settings)
+            try:
+                report = judge(first, reference(), f"{why}, judged by its first {depth} blocks")
+            finally:
+                first.close()
+            report = with_whole(report, encoder)
         if report.passed:
             remember(key, report)
         return encoder, report
     except EncoderError:
         encoder.close()
         raise
+
+
+def _judged_by(spec: EncoderSpec) -> int | None:
+    """Blocks of the copy that a very large encoder is judged by, whose fp32 reference would not fit; else None."""
+    arch = card(spec.name).architecture
+    large = isinstance(arch, ViT) and 4 * parameters(arch) > LARGE
+    return SHALLOW if large else None
 
 
 def _precisions_to_try(settings: EncodeSettings, runtime: Runtime) -> list[tuple[Precision, str]]:
@@ -308,14 +326,15 @@ def _weights(settings: EncodeSettings) -> Weights:
     return load(locate(chosen, settings.weights).path, chosen)
 
 
-def _graph(spec: EncoderSpec, weights: Weights, *, plain: bool = False) -> Model:
-    """The graph that runs, or the same in standard operators, by which it is judged."""
+def _graph(spec: EncoderSpec, weights: Weights, *, plain: bool = False, depth: int | None = None) -> Model:
+    """The graph that runs, or the same in standard operators, by which it is judged. depth: blocks, all if None."""
     if isinstance(weights, Model):
         return weights
     arch, pixels = card(spec.name).architecture, spec.view.pixels
     match arch:
         case ViT():
             target: Target = "plain" if plain else "ort"
+            arch = arch if depth is None else replace(arch, depth=depth)
             return vit.build(arch, weights, pixels, precision=spec.precision, target=target, outputs=list(spec.outputs))
         case ConvNeXt():
             return convnext.build(arch, weights, pixels, precision=spec.precision)

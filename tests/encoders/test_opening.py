@@ -516,3 +516,35 @@ def test_tiles_that_an_encoders_authors_do_not_use_are_told(encoder, plan, told)
     said = advice(EncodeSettings(encoder=encoder), plan)
     assert told in said
     assert bool(told) == bool(said)
+
+
+def test_a_very_large_encoder_is_judged_by_its_first_blocks_and_must_be_finite_as_a_whole(
+    two_blocks, written, small_weights, monkeypatch
+):
+    built = []
+    true = vit.build
+
+    def counting(arch, *arguments, **options):
+        built.append((arch.depth, options["target"]))
+        return true(arch, *arguments, **options)
+
+    monkeypatch.setattr(opening, "LARGE", 0)
+    monkeypatch.setattr(opening, "SHALLOW", 1)
+    monkeypatch.setattr(opening.vit, "build", counting)
+    settings = replace(SEEDED, precision="fp32", runtime="cpu")
+    encoder, report = open_gated(settings, afresh=True)
+    encoder.close()
+    assert report.passed
+    assert report.why.endswith("judged by its first 1 blocks")
+    assert (1, "plain") in built  # the reference
+    assert (2, "plain") not in built
+    assert (2, "ort") in built  # what runs
+
+    def overflowing(arch, seed):
+        weights = dict(untrained(arch, seed))
+        weights["blocks.1.fc2.weight"] = np.full_like(weights["blocks.1.fc2.weight"], np.float32(3e38))
+        return weights
+
+    monkeypatch.setattr(opening, "untrained", overflowing)
+    with pytest.raises(EncoderError, match="NOT finite"):
+        open_gated(settings, afresh=True)
