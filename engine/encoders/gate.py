@@ -126,7 +126,7 @@ def judge(encoder: Encoder, reference: Vectors, why: str = "") -> GateReport:
 
 
 def with_whole(report: GateReport, encoder: Encoder) -> GateReport:
-    """The report of an encoder that was judged by a copy of few blocks; the whole must be finite and equal in batches."""
+    """The report of an encoder that was judged by few blocks; the whole must be finite, and equal in batches."""
     finite, batch_equal, rate, _ = _looked_at(encoder)
     return replace(
         report,
