@@ -289,7 +289,9 @@ def _stage_folder(archive: Archive, stage: str | None) -> str | None:
     """An empty folder of this archive alone in a place for copies. Raises UsageError if there can be none."""
     if stage is None:
         return None
-    folder = Path(stage).absolute() / f"patchmill-{fingerprint_of(str(archive.path.absolute()))}"
+    # The path alone may be that of another archive, in another container that shares the disk.
+    known = [str(archive.path.absolute()), (archive.path / "archive.json").read_text("utf-8")]
+    folder = Path(stage).absolute() / f"patchmill-{fingerprint_of(known)}"
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
     try:
         folder.mkdir(mode=0o700)

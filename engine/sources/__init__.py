@@ -63,8 +63,12 @@ def open_slide(ref: SourceRef) -> Slide:
             if ref.reader == name:
                 wrong = f"the reader {name} cannot take it: {error}"
                 raise SourceError(ref.id, wrong, "use another reader") from error
+            if isinstance(error, Refused) and name == "omezarr":  # which OpenSlide cannot take either
+                wrong = f"it is an OME-Zarr image that cannot be read: {error}"
+                raise SourceError(ref.id, wrong, "write it as 8-bit RGB, with chunks of its own") from error
             if isinstance(error, Refused):
                 refused = f", and the reader {name} cannot take it: {error}"
+                break
     try:
         return OpenSlideSlide(ref)
     except SourceError as error:

@@ -60,7 +60,7 @@ def entries_of(src: str) -> Iterator[CatalogEntry]:
     """The entries of one SRC."""
     path = Path(src)
     if os.path.isdir(src):
-        if is_ome_zarr(path):
+        if is_image(path):
             yield entry(path.absolute().name, path.absolute())
         else:
             yield from folder(path, path, src)
@@ -82,9 +82,14 @@ def entry(name: str, path: Path) -> CatalogEntry:
     return CatalogEntry(name=PurePosixPath(name).with_name(file.name).as_posix(), path=os.path.abspath(file))
 
 
+def is_image(folder: Path) -> bool:
+    """Whether a folder is an OME-Zarr image, or is called one: then opening it tells what is wrong with it."""
+    return is_ome_zarr(folder) or (folder.name.lower().endswith(".ome.zarr") and folder.is_dir())
+
+
 def file_of(path: Path) -> Path:
     """The file that stands for a slide: of a DICOM series the first level, whose folder may name it; else itself."""
-    if path.suffix.lower() in SLIDE_SUFFIXES - {DICOM} or is_ome_zarr(path):
+    if path.suffix.lower() in SLIDE_SUFFIXES - {DICOM} or is_image(path):
         return path
     try:
         if path.is_dir():
@@ -123,7 +128,7 @@ def folder(top: Path, base: Path, src: str) -> Iterator[CatalogEntry]:
     for here, folders, files in os.walk(top, onerror=locked.append):
         companions = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
         folders[:] = [name for name in folders if name not in companions]  # an MRXS keeps its pixels in there
-        images = [name for name in folders if is_ome_zarr(Path(here) / name)]
+        images = [name for name in folders if is_image(Path(here) / name)]
         folders[:] = [name for name in folders if name not in images]
         for name in images:
             empty = False
@@ -155,7 +160,7 @@ def matches(pattern: str) -> Iterator[CatalogEntry]:
         fixed.append(part)
     base = Path(*fixed)
     for match in map(Path, found):
-        if is_ome_zarr(match):
+        if is_image(match):
             yield entry(match.relative_to(base).as_posix(), match)
         elif match.is_dir():
             if "**" not in pattern:  # ** matches every folder and its files too
@@ -221,6 +226,11 @@ def mpp_in(cell: str, where: str) -> float | None:
 
 def distinct(found: Sequence[CatalogEntry]) -> tuple[CatalogEntry, ...]:
     """Sorted by name; what is named twice in the same words counts once, anything less clear is refused."""
+    for new in found:
+        if not new.name.isascii() and new.name.encode("utf-8", "replace") != new.name.encode(
+            "utf-8", "surrogateescape"
+        ):
+            raise UsageError(ascii(new.path), "its name is no UTF-8", "rename it, or name the others in a catalog")
     by_name: dict[str, CatalogEntry] = {}
     by_file: dict[str, CatalogEntry] = {}
     for new in found:

@@ -1,5 +1,6 @@
 """A fingerprint of a source's content, so that a moved file is recognised and a changed one is noticed."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -68,8 +69,7 @@ def parts(path: Path) -> Iterator[tuple[str, Path]]:
     The files of a DICOM series bear the UIDs that they hold, for the same reason. Raises OSError.
     """
     if is_ome_zarr(path):
-        inside = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*"))
-        yield from ((name, file) for name, file in inside if file.is_file())
+        yield from below(path)
         return
     levels = series(path)
     if levels:
@@ -78,8 +78,23 @@ def parts(path: Path) -> Iterator[tuple[str, Path]]:
     yield "", path
     companion = path.with_suffix("")
     if path.suffix.lower() == ".mrxs" and companion.is_dir():
-        inside = sorted((file.relative_to(companion).as_posix(), file) for file in companion.rglob("*"))
-        yield from ((name, file) for name, file in inside if file.is_file())
+        yield from below(companion)
+
+
+def below(folder: Path) -> list[tuple[str, Path]]:
+    """All files of a folder by their names in it. Raises OSError for what cannot be listed and links to folders."""
+
+    def told(error: OSError) -> None:
+        raise error
+
+    found: list[tuple[str, Path]] = []
+    for where, folders, names in os.walk(folder, onerror=told):
+        for name in folders:
+            if os.path.islink(os.path.join(where, name)):
+                raise OSError(errno.ELOOP, "a link to a folder, whose files would be left out")
+        files = (Path(where) / name for name in names)
+        found += ((file.relative_to(folder).as_posix(), file) for file in files)
+    return sorted(found)
 
 
 def series(path: Path) -> Sequence[Header]:

@@ -15,9 +15,11 @@ import numpy as np
 import zarr
 from jaxtyping import UInt8
 
-from patchmill.errors import SourceError
+from patchmill.errors import SourceError, TransientError
 from patchmill.sources.cells import CellsByRectangle
+from patchmill.sources.dicom import Refused
 from patchmill.sources.files import failure
+from patchmill.sources.guardedstore import UnsafeError, open_guarded
 from patchmill.sources.tiff import Unsupported
 from patchmill.types import Level, SourceRef
 
@@ -25,6 +27,8 @@ __all__ = ["ATTRIBUTES", "OmeZarrSlide", "is_ome_zarr"]
 
 ATTRIBUTES = ("zarr.json", ".zattrs")  # where a group's attributes are
 MOST_ATTRIBUTES = 16 << 20  # bytes
+MOST_LEVELS = 64
+MOST_SIDE, MOST_PIXELS = 10**7, 10**12  # of a level
 UNITS = {"millimeter": 1e3, "micrometer": 1.0, "nanometer": 1e-3, "meter": 1e6, "centimeter": 1e4}  # in micrometres
 ANISOTROPY = 0.05  # as of other slides
 
@@ -39,17 +43,25 @@ class OmeZarrSlide(CellsByRectangle):
         try:
             self._axes = [axis if isinstance(axis, str) else str(axis["name"]) for axis in image["axes"]]
             paths = [str(dataset["path"]) for dataset in image["datasets"]]
-            if not paths or any(Path(path).is_absolute() or ".." in Path(path).parts for path in paths):
+            if not 0 < len(paths) <= MOST_LEVELS or any(
+                Path(path).is_absolute() or ".." in Path(path).parts for path in paths
+            ):
                 raise Unsupported("its levels are not told")
-            self._arrays = [zarr.open_array(Path(ref.path) / path, mode="r") for path in paths]
+            self._arrays = [open_guarded(inside(ref.path, path)) for path in paths]
             self.levels = levels_of(self._axes, self._arrays)
             self.mpp = ref.mpp if ref.mpp is not None else mpp_of(image, self._axes, ref.id)
+        except UnsafeError as error:
+            raise Refused(str(error)) from error
+        except FileNotFoundError as error:
+            raise Refused("a level that it names is not there") from error
         except OSError as error:
             raise failure(ref.id, error) from error
-        except (Unsupported, SourceError):
+        except Unsupported as error:
+            raise Refused(str(error)) from error
+        except SourceError:
             raise
         except Exception as error:  # damaged metadata makes zarr raise anything at all
-            raise Unsupported(f"its metadata cannot be read ({type(error).__name__})") from error
+            raise Refused(f"its metadata cannot be read ({type(error).__name__})") from error
         if not (math.isfinite(self.mpp) and self.mpp > 0):
             raise SourceError(ref.id, f"{self.mpp} is no resolution", "use --mpp-override with µm per pixel, as 0.25")
         self.reader = f"omezarr {zarr.__version__}"
@@ -67,6 +79,8 @@ class OmeZarrSlide(CellsByRectangle):
         place = {"x": slice(left, right), "y": slice(top, bottom), "c": slice(None)}
         try:
             found = np.asarray(self._arrays[level][tuple(place.get(axis, 0) for axis in self._axes)])
+        except FileNotFoundError as error:  # not of a chunk, which may be missing, but of all
+            raise TransientError(self._ref.id, "it is no longer there", "mount its disk, run again") from error
         except OSError as error:
             raise failure(self._ref.id, error) from error
         except Exception as error:  # every codec has errors of its own; all of them say that a chunk is damaged
@@ -78,6 +92,14 @@ class OmeZarrSlide(CellsByRectangle):
 
     def close(self) -> None:
         """Nothing is held open between two reads."""
+
+
+def inside(folder: str, path: str) -> Path:
+    """A level's folder. Raises Unsupported where a link leads out of the slide."""
+    level = Path(folder) / path
+    if Path(os.path.realpath(folder)) not in Path(os.path.realpath(level)).parents:
+        raise Unsupported("a level outside its folder")
+    return level
 
 
 def is_ome_zarr(path: str | os.PathLike[str]) -> bool:
@@ -99,7 +121,7 @@ def multiscale(path: str) -> Mapping[str, Any]:
             attributes = json.loads(file.read_bytes())
             attributes = attributes.get("attributes", attributes)
             (image, *_) = attributes.get("ome", attributes)["multiscales"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         if isinstance(image, dict):
             return image
@@ -119,8 +141,12 @@ def levels_of(axes: Sequence[str], arrays: Sequence[Any]) -> tuple[Level, ...]:
         width, height = shape.pop("x"), shape.pop("y")
         if shape.pop("c") != 3 or any(size != 1 for size in shape.values()):
             raise Unsupported("not three channels of one plane")
+        if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
+            raise Unsupported(f"{width} x {height} px")
         if not (width and height) or (levels and not width < levels[-1].width):
             raise Unsupported("levels that do not shrink")
+        if levels and abs(levels[0].width * height - levels[0].height * width) > levels[0].width + levels[0].height:
+            raise Unsupported("levels of different proportions")
         tile = (chunk["x"], chunk["y"]) if all(64 <= chunk[axis] <= 1024 for axis in "xy") else (512, 512)
         levels.append(Level(width, height, (levels[0].width if levels else width) / width, tile))
     return tuple(levels)

@@ -4,6 +4,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +34,10 @@ def stage(ref: SourceRef, folder: str, beat: Callable[[], None] = lambda: None) 
     slide = f"slide{original.suffix}"
     if not home.is_dir():
         try:
+            inside = original.is_dir() or original.suffix.lower() == ".mrxs"
             for name, file in parts(original):
-                own = not name or file.name == original.name  # of a DICOM series, any file stands for all
+                # Of a DICOM series, any file stands for all.
+                own = not name or (not inside and file.name == original.name)
                 copy(file, partial / (slide if own else place_of(name, original)), beat)
             rename_or_yield(partial, home)
         except OSError as error:
@@ -68,9 +71,18 @@ def unstage(source: str, folder: str) -> None:
 
 
 def copy(file: Path, target: Path, beat: Callable[[], None]) -> None:
-    """Copy one file piece by piece, readable by its owner alone. Raises OSError."""
+    """Copy one regular file piece by piece, readable by its owner alone. Raises OSError, also where it changes."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(file, "rb") as source, open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+    with (
+        open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as source,
+        open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out,
+    ):
+        before = os.fstat(source.fileno())
+        if not stat.S_ISREG(before.st_mode):  # a pipe would block for ever, a device never end
+            raise OSError(errno.EINVAL, "no regular file")
         while piece := source.read(PIECE):
             out.write(piece)
             beat()
+        after = os.fstat(source.fileno())
+        if out.tell() != before.st_size or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise OSError(errno.EAGAIN, "it changed while it was copied")

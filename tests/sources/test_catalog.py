@@ -248,3 +248,11 @@ def test_a_folder_of_many_series_is_searched_once(dicom, monkeypatch):
     monkeypatch.setattr(catalog, "levels_within", lambda folder: searched.append(folder) or levels_within(folder))
     assert len(find_sources(sorted((dicom / "pair").iterdir()))) == 2
     assert searched == [dicom / "pair"]
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path):
+    bad = os.fsencode(tmp_path) + b"/b\xff.tiff"
+    with open(bad, "wb") as file:
+        file.write(b"II")
+    with pytest.raises(UsageError, match="its name is no UTF-8"):
+        find_sources([tmp_path])

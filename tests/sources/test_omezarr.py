@@ -1,14 +1,18 @@
 """OME-Zarr slides: both versions of the layout, any order of axes, damage chunk by chunk, and folders as sources."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 
+import numcodecs
 import numpy as np
+import psutil
 import pytest
 import zarr
 
 from patchmill.cli import main
-from patchmill.errors import SourceError
+from patchmill.errors import SourceError, TransientError
 from patchmill.sources import OmeZarrSlide, content_fingerprint, find_sources, open_slide, stage
 from patchmill.sources.omezarr import is_ome_zarr
 from patchmill.sources.tiff import Unsupported
@@ -174,3 +178,127 @@ def test_it_is_embedded_like_any_other_slide(tmp_path, capsys):
     kept = "".join(path.read_text() for path in (tmp_path / "A").rglob("zarr.json"))
     assert "omezarr" in kept
     assert "patient" not in kept
+
+
+# --------------------------------------------------------------------------------------------------------- hostility
+
+
+def first(path, cells=((0, 0),)):
+    """The pixels of cells, None where they are unreadable."""
+    return OmeZarrSlide(ref(path)).fetch(0, np.array(cells, np.int32))
+
+
+def version_2(path, compressor):
+    """An image of version 0.4 with a compressor of numcodecs; the file of its first chunk."""
+    write(path, axes="yxc", version="0.4")
+    array = zarr.open_array(path / "0")
+    pixels = array[:]
+    shutil.rmtree(path / "0")
+    how = {"chunks": (128, 128, 3), "zarr_format": 2, "compressors": compressor}
+    made = zarr.create_array(path / "0", shape=pixels.shape, dtype="u1", **how)
+    made[:] = pixels
+    return next(file for file in sorted((path / "0").rglob("*")) if file.is_file() and not file.name.startswith("."))
+
+
+@pytest.mark.parametrize("kept", [16, 40, 0.5, 0.99])
+def test_a_blosc_chunk_that_was_cut_short_is_unreadable_and_never_filled_from_memory(tmp_path, kept):
+    chunk = version_2(tmp_path / "a.ome.zarr", numcodecs.Blosc(cname="lz4"))
+    data = chunk.read_bytes()
+    assert first(tmp_path / "a.ome.zarr")[0] is not None
+    chunk.write_bytes(data[: kept if kept > 1 else int(len(data) * kept)])
+    assert first(tmp_path / "a.ome.zarr")[0] is None
+
+
+@pytest.mark.parametrize("codec", [numcodecs.Zstd(), numcodecs.Zlib(9)])
+def test_a_chunk_that_would_fill_the_memory_is_not_decoded(tmp_path, codec):
+    chunk = version_2(tmp_path / "a.ome.zarr", codec)
+    chunk.write_bytes(codec.encode(bytes(400 << 20)))
+    slide, before = OmeZarrSlide(ref(tmp_path / "a.ome.zarr")), psutil.Process().memory_info().rss
+    assert slide.fetch(0, np.array([[0, 0]], np.int32))[0] is None
+    assert psutil.Process().memory_info().rss - before < 50 << 20
+
+
+def test_what_moves_away_meanwhile_is_a_failing_storage_and_no_fill_value(tmp_path):
+    path = write(tmp_path / "a.ome.zarr")
+    slide = OmeZarrSlide(ref(path))
+    assert slide.fetch(0, np.array([[0, 0]], np.int32))[0] is not None
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(TransientError, match="no longer there"):
+        slide.fetch(0, np.array([[1, 1]], np.int32))
+
+
+def test_a_chunk_that_was_never_written_has_the_fill_value(tmp_path):
+    path = write(tmp_path / "a.ome.zarr")
+    shutil.rmtree(path / "0" / "c")
+    assert (first(path)[0] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link out", "link within"])
+def test_chunks_are_regular_files_of_the_slide(tmp_path, kind):
+    path = write(tmp_path / "a.ome.zarr")
+    chunk, *_ = (file for file in sorted((path / "0" / "c").rglob("*")) if file.is_file())
+    other = (tmp_path if kind == "link out" else path / "0") / "kept"
+    chunk.rename(other)
+    if kind == "pipe":
+        os.mkfifo(chunk)
+    elif kind == "folder":
+        chunk.mkdir()
+    else:
+        chunk.symlink_to(other)
+    assert (first(path)[0] is not None) == (kind == "link within")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"chunks": (30000, 30000, 3)}, "chunks of 2574 MiB"),
+        ({"shape": (2 * 10**7, 128, 3)}, "128 x 20000000 px"),
+    ],
+)
+def test_sizes_that_no_slide_has_are_refused(tmp_path, change, told):
+    path = write(tmp_path / "a.ome.zarr", axes="yxc")
+    file = path / "0" / "zarr.json"
+    facts = json.loads(file.read_text())
+    if "chunks" in change:
+        facts["chunk_grid"]["configuration"]["chunk_shape"] = change["chunks"]
+    facts["shape"] = change.get("shape", facts["shape"])
+    file.write_text(json.dumps(facts))
+    with pytest.raises(SourceError, match=f"is an OME-Zarr image that cannot be read: {told}"):
+        open_slide(ref(path))
+
+
+def test_levels_show_the_same_picture(tmp_path):
+    whole, half, _ = levels()
+    path = write(tmp_path / "a.ome.zarr", pixels=[whole, half[: len(half) // 2]])
+    with pytest.raises(SourceError, match="levels of different proportions"):
+        open_slide(ref(path))
+
+
+def test_deeply_nested_attributes_are_none(tmp_path):
+    path = write(tmp_path / "a.ome.zarr")
+    (path / "zarr.json").write_text('{"attributes":' + "[" * 200_000)
+    assert not is_ome_zarr(path)
+
+
+def test_a_folder_that_is_called_an_image_and_is_none_fails_by_itself(tmp_path):
+    write(tmp_path / "good.ome.zarr")
+    bad = write(tmp_path / "bad.ome.zarr")
+    (bad / "zarr.json").write_text("{")
+    found = find_sources([tmp_path])
+    assert [entry.name for entry in found] == ["bad.ome.zarr", "good.ome.zarr"]
+    with pytest.raises(SourceError):
+        open_slide(ref(bad))
+
+
+def test_copies_are_whole_or_none(tmp_path):
+    inner = write(tmp_path / "root" / "0")  # as bioformats2raw names an image: like its chunks
+    copied = stage(ref(inner), str(tmp_path))
+    pixels = [OmeZarrSlide(each).read(0, 0, 0, 300, 300) for each in (ref(inner), copied)]
+    assert np.array_equal(*pixels)
+    linked = write(tmp_path / "linked.ome.zarr")
+    (linked / "0" / "c").rename(tmp_path / "chunks")
+    (linked / "0" / "c").symlink_to(tmp_path / "chunks")
+    with pytest.raises(SourceError, match="ELOOP"):
+        stage(replace(ref(linked), id="linked"), str(tmp_path))
+    with pytest.raises(SourceError, match="ELOOP"):
+        content_fingerprint(str(linked))

@@ -96,3 +96,24 @@ def test_a_copy_that_fails_leaves_nothing(ref, folder, monkeypatch, number, kind
 def test_a_slide_whose_files_nobody_lists_is_refused(tmp_path, folder, name):
     with pytest.raises(SourceError, match="without --stage"):
         stage(SourceRef(id="s3", path=str(tmp_path / name)), str(folder))
+
+
+def test_a_file_that_changes_while_it_is_copied_is_not_taken(tmp_path, monkeypatch):
+    source = tmp_path / "slide.tiff"
+    source.write_bytes(bytes(3000))
+    monkeypatch.setattr(module, "PIECE", 1000)
+
+    def growing():
+        with open(source, "ab") as file:
+            file.write(b"more")
+
+    with pytest.raises(TransientError, match="EAGAIN"):
+        stage(SourceRef(id="a", path=str(source)), str(tmp_path / "stage"), growing)
+    assert list((tmp_path / "stage").iterdir()) == []
+    assert stage(SourceRef(id="a", path=str(source)), str(tmp_path / "stage")).path.endswith("slide.tiff")
+
+
+def test_a_pipe_is_not_copied(tmp_path):
+    os.mkfifo(tmp_path / "slide.svs")
+    with pytest.raises(SourceError, match="EINVAL"):
+        stage(SourceRef(id="a", path=str(tmp_path / "slide.svs")), str(tmp_path / "stage"))
