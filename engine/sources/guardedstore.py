@@ -51,7 +51,7 @@ class GuardedStore(LocalStore):
             raise UnsafeError("a link leads out of it")
         found = await super().get(key, prototype, byte_range)
         if found is not None and key not in METADATA and byte_range is None and "sharding_indexed" not in self.codecs:
-            check_chunk(bytes(found.to_bytes()[:32]), len(found), self.codecs, self.chunk)
+            check_chunk(found.as_numpy_array()[:32].tobytes(), len(found), self.codecs, self.chunk)
         return found
 
 
