@@ -1,7 +1,7 @@
 """What can run a graph on this machine, and which of it is taken.
 
 cpu: ONNX Runtime on the CPU. torch: PyTorch on an NVIDIA GPU, compiled. cuda: ONNX Runtime's CUDA provider. tensorrt:
-TensorRT through ONNX Runtime. On an H200 torch was 1.6 to 2.2 times as fast as cuda (docs/benchmarks.md).
+TensorRT through ONNX Runtime. On an H200 torch was 1.8 to 2.4 times as fast as cuda (docs/benchmarks.md).
 """
 
 import ctypes
