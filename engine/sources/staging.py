@@ -80,9 +80,10 @@ def copy(file: Path, target: Path, beat: Callable[[], None]) -> None:
         before = os.fstat(source.fileno())
         if not stat.S_ISREG(before.st_mode):  # a pipe would block for ever, a device never end
             raise OSError(errno.EINVAL, "no regular file")
-        while piece := source.read(PIECE):
-            out.write(piece)
+        left = before.st_size
+        while left and (piece := source.read(min(PIECE, left))):  # one that grows must not be followed for ever
+            left -= out.write(piece)
             beat()
         after = os.fstat(source.fileno())
-        if out.tell() != before.st_size or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        if left or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise OSError(errno.EAGAIN, "it changed while it was copied")
