@@ -8,7 +8,6 @@ import ctypes
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from jaxtyping import Float32, UInt8
 
 from patchmill.encoders.cache import cache_folder, code_digest
 from patchmill.encoders.graph import Model
+from patchmill.encoders.graphcache import digest_of
 from patchmill.encoders.lint import tensorrt_findings
 from patchmill.encoders.runtimes import CHUNKS, PROVIDERS, Gpu, Runtime, chunk_of, gpu
 from patchmill.encoders.session import RUNTIME_ERRORS, demand_tiles, demand_vectors, open_session
@@ -101,8 +101,7 @@ class CudaEncoder:
 
 def engine_key(spec: EncoderSpec, model: Model, chunk: int, device: Gpu, version: str) -> str:
     """What an engine of TensorRT was built for, as 16 hex digits: one of another key is never loaded."""
-    graph = sha256(model.proto.SerializeToString(deterministic=True)).hexdigest()
-    parts = {"encoder": spec.key, "graph": graph, "chunk": chunk, "gpu": device.name, "cuda": device.cuda}
+    parts = {"encoder": spec.key, "graph": digest_of(model), "chunk": chunk, "gpu": device.name, "cuda": device.cuda}
     return fingerprint_of({**parts, "tensorrt": version})
 
 

@@ -32,11 +32,10 @@ class TorchEncoder:
 
     parallel = 2  # the GPU works on one batch while the vectors of the other are taken away
 
-    def __init__(self, spec: EncoderSpec, model: Model, *, batch: int | None = None, compiled: bool = True) -> None:
+    def __init__(self, spec: EncoderSpec, model: Model, *, batch: int | None = None) -> None:
         """Compile a graph for the first GPU that this process sees; takes from ten seconds to a minute.
 
-        compiled: else the kernels of eager mode, to find out what compiling changes. Raises EncoderError if the GPU has
-        too little memory, or the compiler fails.
+        Raises EncoderError if the GPU has too little memory, or the compiler fails.
         """
         self.spec, self._chunk = spec, chunk_of(spec.view.pixels, batch)
         self.batch = batch or CHUNKS * self._chunk
@@ -52,14 +51,14 @@ class TorchEncoder:
                 self._copied = [_event() for _ in range(SLOTS)]
                 self._taken = [_event() for _ in range(SLOTS)]
                 self._copying, self._working = _stream(), _stream()
-                self._graph, self._outputs = self._captured(module_of(model).to(self._device).eval(), compiled)
+                self._graph, self._outputs = self._captured(module_of(model).to(self._device).eval())
             self._next = 0
         except RuntimeError as error:  # those of the compiler and of the driver are such
             raise self._failed("cannot be opened on the GPU", error) from error
         properties = torch.cuda.get_device_properties(self._device)
         self.provenance: Mapping[str, str] = {
             "runtime": f"torch {torch.__version__}",
-            "provider": "compiled" if compiled else "eager",
+            "provider": "torch.compile",
             "device": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": str(torch.version.cuda),
@@ -97,11 +96,9 @@ class TorchEncoder:
             raise self._failed("failed on the GPU", error) from error
         return {name: each.numpy() for name, each in zip(self.spec.outputs, found, strict=True)}
 
-    def _captured(
-        self, module: torch.fx.GraphModule, compiled: bool
-    ) -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]:
+    def _captured(self, module: torch.fx.GraphModule) -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]:
         """The module as a CUDA graph from `_pixels` to its outputs, which keep their places in memory."""
-        run = torch.compile(module, fullgraph=True, dynamic=False) if compiled else module
+        run = torch.compile(module, fullgraph=True, dynamic=False)
         with torch.cuda.stream(self._working):
             for _ in range(2):  # compiles, and lets libraries choose and allocate, which a graph cannot hold
                 run(self._pixels)

@@ -202,7 +202,9 @@ def version_2(path, compressor):
 
 @pytest.mark.parametrize("kept", [16, 40, 0.5, 0.99])
 def test_a_blosc_chunk_that_was_cut_short_is_unreadable_and_never_filled_from_memory(tmp_path, kept):
-    chunk = version_2(tmp_path / "a.ome.zarr", numcodecs.Blosc(cname="lz4"))
+    chunk = version_2(
+        tmp_path / "a.ome.zarr", numcodecs.Blosc(cname="lz4", clevel=0)
+    )  # stored as it is: no decoder notices
     data = chunk.read_bytes()
     assert first(tmp_path / "a.ome.zarr")[0] is not None
     chunk.write_bytes(data[: kept if kept > 1 else int(len(data) * kept)])

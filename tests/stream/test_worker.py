@@ -1,5 +1,6 @@
 """A worker holds one encoder, however many tasks ask for it at once, and lets it go when it is told to."""
 
+import sys
 import threading
 import time
 from collections import Counter
@@ -205,14 +206,29 @@ def test_progress_is_told_now_and_then_and_never_more_than_was_done(monkeypatch)
 
 def test_progress_of_several_encoder_threads_is_told_once_and_whole():
     told = []
-    call = _throttled(lambda label, rows: told.append((label, rows)), seconds=0.0001)
-
-    def work(number):
-        for turn in range(3000):
-            call(f"{number}-{turn % 50}", 1)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    time.sleep(0.001)
+    call = _throttled(lambda label, rows: told.append((label, rows)), seconds=0.0)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads meet in the middle of everything
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda turn: call(f"{turn % 3}", 1), range(20_000)))
+    finally:
+        sys.setswitchinterval(interval)
     call("last", 0)
-    assert sum(rows for _, rows in told) == 12000
+    assert sum(rows for _, rows in told) == 20_000
+
+
+def test_progress_may_come_while_it_is_told():
+    told = []
+
+    def tell(label, rows):
+        told.append(label)
+        if label == "first":  # another thread has a batch of another source meanwhile
+            other = threading.Thread(target=call, args=("second", 1))
+            other.start()
+            other.join(timeout=10)
+            assert not other.is_alive()
+
+    call = _throttled(tell, seconds=0.0)
+    call("first", 1)
+    assert told == ["first", "second"]
