@@ -30,7 +30,7 @@ from patchmill.sources import Patience, PatientSlide, open_slide
 from patchmill.sources.tiff import ADOBE, JPEG
 from patchmill.stream.clock import StageClock
 from patchmill.stream.mosaic import Mosaic
-from patchmill.types import Plan, PlanSettings, Slide, SourceRef
+from patchmill.types import PlanSettings, Slide, SlidePlan, SourceRef
 
 __all__ = ["bench_ingest"]
 
@@ -201,7 +201,7 @@ def on(cores: int, run: Callable[[], float]) -> float:
     return harmonic_mean(rates)
 
 
-def ours(slide: Slide, plan: Plan, threads: int) -> float:
+def ours(slide: Slide, plan: SlidePlan, threads: int) -> float:
     """Tiles per second from file to batch buffers, with what `embed` does up to its encoder."""
     cuts = np.linspace(0, plan.rows, min(threads, plan.rows) + 1).astype(int)
     level = slide.levels[plan.level].shrunk(plan.shrink)
@@ -225,7 +225,7 @@ def ours(slide: Slide, plan: Plan, threads: int) -> float:
     return plan.rows / (time.perf_counter() - start)
 
 
-def bare_codec(path: Path, slide: Slide, plan: Plan) -> Callable[[], None] | None:
+def bare_codec(path: Path, slide: Slide, plan: SlidePlan) -> Callable[[], None] | None:
     """Decodes every cell that the plan needs once, at full scale, from memory into one buffer; None for OpenSlide."""
     if not slide.reader.startswith("tiff"):
         return None
@@ -265,7 +265,7 @@ def in_threads(codec: Callable[[], None], threads: int, tiles: int) -> float:
 class PeerTiles:
     """A dataset as other pipelines have it: one region, one Pillow image, one normalised float tensor a tile."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Path, plan: SlidePlan) -> None:
         import torch
 
         self._path, self._plan = path, plan
@@ -292,7 +292,7 @@ class PeerTiles:
         return pixels.sub_(self._mean).div_(self._std)
 
 
-def peers(path: Path, plan: Plan, cores: int) -> float:
+def peers(path: Path, plan: SlidePlan, cores: int) -> float:
     """Tiles per second of the peers' loader; a single core has no worker process, as they advise."""
     try:
         from torch.utils.data import DataLoader

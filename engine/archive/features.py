@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def features_of(plan: str, rows: int, spec: EncoderSpec, shard_rows: int) -> Fea
     attributes = {
         "architecture": dict(spec.architecture),
         "weights": spec.weights,
-        "view": asdict(spec.view),
+        "view": spec.view.record(),
         "precision": spec.precision,
         "outputs": dict(spec.outputs),
     }

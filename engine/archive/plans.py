@@ -10,7 +10,7 @@ from patchmill.archive.arrays import array_document, attributes_of, encode, grou
 from patchmill.archive.layout import DATA, plan_folder
 from patchmill.archive.records import plan_from, sealed, unseal
 from patchmill.errors import ArchiveError
-from patchmill.types import Plan
+from patchmill.types import SlidePlan
 
 __all__ = ["ROOT", "load_plan", "plan_files", "root_attributes", "root_document"]
 
@@ -39,7 +39,7 @@ def root_attributes(folder: Path) -> dict[str, Any] | None:
     return unseal((json.dumps(attributes, sort_keys=True, indent=1) + "\n").encode())
 
 
-def plan_files(plan: Plan) -> dict[str, bytes]:
+def plan_files(plan: SlidePlan) -> dict[str, bytes]:
     """The files of a plan's group by path relative to the source's folder, metadata first; equal plans, equal bytes."""
     folder = plan_folder(plan.key)
     attributes = {
@@ -66,12 +66,12 @@ def plan_files(plan: Plan) -> dict[str, bytes]:
     return files
 
 
-def load_plan(folder: Path, key: str) -> Plan:
+def load_plan(folder: Path, key: str) -> SlidePlan:
     """The plan that lies in a source's store. Raises ValueError if it cannot be read, else OSError."""
     group = plan_folder(key)
     attributes = attributes_of((folder / group / "zarr.json").read_bytes())
     try:
-        return Plan(
+        return SlidePlan(
             settings=plan_from(attributes["settings"]),
             level=attributes["level"],
             downsample=attributes["downsample"],

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def encoder_record(spec: EncoderSpec) -> dict[str, Any]:
         "name": spec.name,
         "architecture": dict(spec.architecture),
         "weights": spec.weights,
-        "view": asdict(spec.view),
+        "view": spec.view.record(),
         "precision": spec.precision,
         "outputs": dict(spec.outputs),
         "outputs_order": list(spec.outputs),  # the first is the one that probes use by default; JSON sorts the other
@@ -113,7 +113,7 @@ def encoder_from(record: Mapping[str, Any]) -> EncoderSpec:
         name=record["name"],
         architecture=record["architecture"],
         weights=record["weights"],
-        view=View(**record["view"]),
+        view=View.from_record(record["view"]),
         precision=record["precision"],
         outputs={name: record["outputs"][name] for name in record["outputs_order"]},
         license=record["license"],

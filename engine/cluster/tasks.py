@@ -21,11 +21,11 @@ from patchmill.types import (
     Encoder,
     EncoderSpec,
     EncodeSettings,
-    Plan,
     PlanSettings,
     Shard,
     ShardResult,
     Slide,
+    SlidePlan,
     SourceRef,
 )
 
@@ -147,7 +147,7 @@ def _staged(job: Job, ref: SourceRef, patience: Patience) -> SourceRef:
     return ref if job.stage is None else patience.run(sources.stage, ref, job.stage, patience.beat)
 
 
-def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> Plan | None:
+def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> SlidePlan | None:
     """The plan that the store holds; its source must still have the content that was planned."""
     if not store.has_plan(job.plan.key):
         return None
@@ -166,7 +166,7 @@ def _fingerprint(ref: SourceRef, full: bool, patience: Patience) -> str:
     return patience.run(sources.content_fingerprint, ref.path, full=full, source=ref.id, beat=patience.beat)
 
 
-def _plan_now(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> Plan:
+def _plan_now(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> SlidePlan:
     fingerprint = _fingerprint(ref, job.full_hash, patience)
     roi = patience.run(plan.read_roi, ref) if ref.roi is not None else None
     slide = PatientSlide(patience.run(job.doors.open_slide, ref), patience)

@@ -113,7 +113,7 @@ def resolve(settings: EncodeSettings) -> EncoderSpec:
         name=chosen.name,
         architecture=_facts(arch),
         weights=_identity(chosen, settings),
-        view=View(pixels=pixels),
+        view=View(pixels=pixels, intensity=settings.intensity, slab=settings.slab, fit=settings.fit),
         precision=settings.precision,
         outputs=chosen.outputs,
         license=chosen.license,

@@ -4,12 +4,12 @@ import numpy as np
 from jaxtyping import Bool
 
 from patchmill.errors import UsageError
-from patchmill.types import Plan
+from patchmill.types import SlidePlan
 
 __all__ = ["tile_at"]
 
 
-def tile_at(plan: Plan, x: float, y: float, among: Bool[np.ndarray, " n"] | None = None) -> int:
+def tile_at(plan: SlidePlan, x: float, y: float, among: Bool[np.ndarray, " n"] | None = None) -> int:
     """The row of the tile that contains a point; where tiles overlap, the one whose centre is nearest.
 
     x, y: level-0 pixels. among: only rows that are True here are considered; None is all. Of equally near tiles the

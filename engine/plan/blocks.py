@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from patchmill.plan.grid import cells_of, level_pixels
-from patchmill.types import Block, Level, Plan
+from patchmill.types import Block, Level, SlidePlan
 
 __all__ = ["blocks"]
 
 
-def blocks(plan: Plan, level: Level, start: int, stop: int) -> Iterator[Block]:
+def blocks(plan: SlidePlan, level: Level, start: int, stop: int) -> Iterator[Block]:
     """The blocks that hold rows [start, stop) of a plan, in order; every row is in exactly one.
 
     level: the plan's level as it is decoded (`Level.shrunk`). Rows that follow each other within one block of the

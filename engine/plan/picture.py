@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from patchmill.plan.overview import read_overview
 from patchmill.plan.tissue import TissueMask
-from patchmill.types import Plan, Slide
+from patchmill.types import Slide, SlidePlan
 
 __all__ = ["draw_plan"]
 
@@ -17,7 +17,7 @@ PAPER, INK = "#ffffff", "#1a1a1a"
 TILE, OUTLINE = (31, 119, 180), (214, 39, 40)
 
 
-def draw_plan(slide: Slide, plan: Plan, mask: TissueMask | None, title: str = "") -> Image.Image:
+def draw_plan(slide: Slide, plan: SlidePlan, mask: TissueMask | None, title: str = "") -> Image.Image:
     """The slide's picture, tiles in blue, the edge of the mask in red; up to 1,600 px per side, and a line of text.
 
     mask: None where the plan has none. Raises what reading the slide raises.

@@ -9,14 +9,14 @@ from patchmill.plan.grid import block_order, block_side, cells_of, level_pixels,
 from patchmill.plan.levels import Reading, choose_level, is_near
 from patchmill.plan.roi import Roi, TileList, mask_in, tiles_in
 from patchmill.plan.tissue import TissueMask, tissue_mask
-from patchmill.types import Level, Plan, PlanSettings, Slide
+from patchmill.types import Level, PlanSettings, Slide, SlidePlan
 
 __all__ = ["mask_of", "plan_slide"]
 
 
 def plan_slide(
     slide: Slide, settings: PlanSettings, source: str, roi: Roi | None = None, mask: TissueMask | None = None
-) -> Plan:
+) -> SlidePlan:
     """All tiles of a slide at the target mpp, in block order; 0 rows where there is no tissue.
 
     source: the id that errors name. roi: the mask or the list of tiles, where the settings ask for one. mask: what
@@ -46,7 +46,7 @@ def given(roi: Roi | None) -> Roi:
     return roi
 
 
-def gridded(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None, mask: TissueMask | None) -> Plan:
+def gridded(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None, mask: TissueMask | None) -> SlidePlan:
     """The tiles of a grid that hold enough of the mask; all of them without one."""
     reading = choose_level(slide.levels, slide.mpp, settings.mpp, source, settings.scaled)
     level = slide.levels[reading.level].shrunk(reading.shrink)
@@ -73,7 +73,7 @@ def gridded(slide: Slide, settings: PlanSettings, source: str, roi: Roi | None, 
     return ordered(settings, reading, level, (column, row), coords, tissue[row, column], roi.digest if roi else "")
 
 
-def listed(slide: Slide, settings: PlanSettings, source: str, found: TileList, digest: str) -> Plan:
+def listed(slide: Slide, settings: PlanSettings, source: str, found: TileList, digest: str) -> SlidePlan:
     """The tiles of a list, with the span that it gives them, in block order; what lies outside the slide is white."""
     mpp = slide.mpp * found.span / found.tile
     if found.tile != settings.tile or not is_near(mpp, settings.mpp):
@@ -98,11 +98,11 @@ def ordered(
     coords: Int32[np.ndarray, "n 2"],
     tissue: UInt8[np.ndarray, " n"],
     digest: str,
-) -> Plan:
+) -> SlidePlan:
     """The plan of tiles in any order. level: as it is decoded. place: column and row of each tile in the grid."""
     block = block_side((settings.tile - settings.overlap) * reading.ratio, level.tile[0])
     order = block_order(*place, block)
-    return Plan(
+    return SlidePlan(
         settings=settings,
         level=reading.level,
         shrink=reading.shrink,

@@ -8,7 +8,7 @@ from pathlib import Path
 from patchmill.archive import Archive
 from patchmill.errors import UsageError
 from patchmill.index import Choice, tile_at
-from patchmill.types import Plan, SourceRef
+from patchmill.types import SlidePlan, SourceRef
 
 __all__ = ["Label", "read_labels"]
 
@@ -37,7 +37,7 @@ def read_labels(path: Path, archive: Archive, choice: Choice) -> tuple[Label, ..
     labels = []
     seen: dict[tuple[str, int | None], int] = {}
     refs: dict[str, SourceRef] = {}
-    plans: dict[str, Plan] = {}
+    plans: dict[str, SlidePlan] = {}
     for number, line in lines:
         where = f"{path.name} line {number}"
         text = _value(line, "source", where)
@@ -114,7 +114,7 @@ def _split(line: Mapping[str, str], where: str) -> str:
     return text
 
 
-def _row(line: Mapping[str, str], plan: Plan, where: str) -> int:
+def _row(line: Mapping[str, str], plan: SlidePlan, where: str) -> int:
     if "row" not in line:
         x, y = _number(line, "x", where), _number(line, "y", where)
         try:
@@ -135,7 +135,7 @@ def _lookup(archive: Archive, text: str, where: str) -> SourceRef:
         raise UsageError(where, f"{error.where}: {error.wrong}", error.do) from error
 
 
-def _plan(archive: Archive, source: str, choice: Choice, where: str) -> Plan:
+def _plan(archive: Archive, source: str, choice: Choice, where: str) -> SlidePlan:
     store = archive.source(source)
     if not store.has_plan(choice.plan):
         raise UsageError(where, f"source {source} has no plan {choice.plan}", "run patchmill embed on it first")

@@ -15,7 +15,7 @@ from patchmill.errors import SourceError, UsageError
 from patchmill.kernels import pack
 from patchmill.query.query import Hit, QueryResult
 from patchmill.sources import open_slide
-from patchmill.types import Plan, Slide
+from patchmill.types import Slide, SlidePlan
 
 __all__ = ["draw_hits", "save_picture"]
 
@@ -74,7 +74,7 @@ def _tiles(archive: Archive, result: QueryResult) -> dict[Hit | None, Image.Imag
     return tiles
 
 
-def read_tile(slide: Slide, plan: Plan, row: int) -> UInt8[np.ndarray, "tile tile 3"]:
+def read_tile(slide: Slide, plan: SlidePlan, row: int) -> UInt8[np.ndarray, "tile tile 3"]:
     """The pixels of one tile of a plan, at the plan's mpp, read for itself alone. Raises SourceError."""
     x, y = (math.ceil(value / plan.downsample - 1e-6) for value in plan.coords[row].tolist())
     side = math.ceil(plan.extent - 1e-6)

@@ -13,7 +13,7 @@ from patchmill.encoders.runtimes import RUNS
 from patchmill.errors import EncoderError, UsageError
 from patchmill.index import Exclusion, Index, open_index, recorded, tile_at
 from patchmill.query.image import read_image
-from patchmill.types import VALID_GOOD, EncoderSpec, EncodeSettings, Plan
+from patchmill.types import VALID_GOOD, EncoderSpec, EncodeSettings, SlidePlan
 
 __all__ = ["Hit", "QueryResult", "query_image", "query_place"]
 
@@ -186,6 +186,6 @@ def _result(
     )
 
 
-def _hit(rank: int, source: str, path: str, row: int, plan: Plan, score: float) -> Hit:
+def _hit(rank: int, source: str, path: str, row: int, plan: SlidePlan, score: float) -> Hit:
     x, y = (int(value) for value in plan.coords[row])
     return Hit(rank=rank, source=source, path=path, row=row, x=x, y=y, score=score)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int32, UInt8
 
 from patchmill.sources import PatientSlide
 from patchmill.stream.clock import StageClock
-from patchmill.types import Block, Plan
+from patchmill.types import Block, SlidePlan
 
 __all__ = ["Mosaic"]
 
@@ -29,7 +29,7 @@ class Mosaic:
     one time.
     """
 
-    def __init__(self, slide: PatientSlide, plan: Plan, blocks: Sequence[Block], clock: StageClock) -> None:
+    def __init__(self, slide: PatientSlide, plan: SlidePlan, blocks: Sequence[Block], clock: StageClock) -> None:
         self._slide, self._blocks, self._clock = slide, blocks, clock
         self._level, self._shrink = plan.level, plan.shrink
         w, h = slide.levels[plan.level].shrunk(plan.shrink).tile

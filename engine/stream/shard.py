@@ -12,13 +12,18 @@ from patchmill.sources import PatientSlide
 from patchmill.stream.batcher import Batcher
 from patchmill.stream.clock import StageClock
 from patchmill.stream.mosaic import Mosaic, readable_tiles
-from patchmill.types import VALID_GOOD, VALID_UNREADABLE, Plan, Shard, ShardResult
+from patchmill.types import VALID_GOOD, VALID_UNREADABLE, Shard, ShardResult, SlidePlan
 
 __all__ = ["embed_shard"]
 
 
 def embed_shard(
-    shard: Shard, slide: PatientSlide, plan: Plan, batcher: Batcher, store: SourceStore, provenance: Mapping[str, str]
+    shard: Shard,
+    slide: PatientSlide,
+    plan: SlidePlan,
+    batcher: Batcher,
+    store: SourceStore,
+    provenance: Mapping[str, str],
 ) -> ShardResult:
     """Read, embed and commit one shard: all of it or nothing. Tiles on damaged parts of the file are marked unreadable.
 

@@ -6,15 +6,15 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from patchmill.archive import Archive, SourceEntry
-from patchmill.types import VALID_GOOD, EncoderSpec, Plan, PlanSettings, View
+from patchmill.types import VALID_GOOD, EncoderSpec, PlanSettings, SlidePlan, View
 
 __all__ = ["plan_of", "spec_of", "store_vectors"]
 
 
-def plan_of(coords: Int[np.ndarray, "n 2"], settings: PlanSettings | None = None, downsample: float = 1.0) -> Plan:
+def plan_of(coords: Int[np.ndarray, "n 2"], settings: PlanSettings | None = None, downsample: float = 1.0) -> SlidePlan:
     """A plan of tiles at given places (level-0 pixels); they are copied from their level, not resampled."""
     settings = settings or PlanSettings()
-    return Plan(
+    return SlidePlan(
         settings=settings,
         level=0,
         downsample=downsample,
@@ -42,7 +42,7 @@ def spec_of(outputs: Mapping[str, int], weights: str = "0" * 64, name: str = "nu
 def store_vectors(
     archive: Archive,
     entry: SourceEntry,
-    plan: Plan,
+    plan: SlidePlan,
     spec: EncoderSpec,
     vectors: Mapping[str, Float[np.ndarray, "n d"]],
     *,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from patchmill.archive import Archive, SourceEntry
-from patchmill.types import EncoderSpec, Plan, PlanSettings, View
+from patchmill.types import EncoderSpec, PlanSettings, SlidePlan, View
 
 SPEC = EncoderSpec(
     name="null",
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
         )
         archive.register([entry])
         number = np.arange(rows)
-        plan = Plan(
+        plan = SlidePlan(
             settings=settings,
             level=1,
             downsample=2.0,

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from patchmill.errors import UsageError
 from patchmill.index import tile_at
-from patchmill.types import Plan, PlanSettings
+from patchmill.types import PlanSettings, SlidePlan
 
 
 def plan_of(coords, ratio=1.0, downsample=1.0, tile=16):
     coords = np.array(coords, np.int32).reshape(-1, 2)
-    return Plan(
+    return SlidePlan(
         settings=PlanSettings(tile=tile),
         level=0,
         downsample=downsample,

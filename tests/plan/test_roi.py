@@ -77,7 +77,7 @@ def test_polygons_are_filled_as_their_definition_says(points):
             x, y = column + 0.5, row + 0.5
             left = 0
             for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
-                if (y0 <= y) != (y1 <= y) and x0 + (y - y0) * (x1 - x0) / (y1 - y0) <= x:
+                if (y0 <= y) != (y1 <= y) and x0 + (y - y0) * ((x1 - x0) / (y1 - y0)) <= x:
                     left += 1
             assert mask[row, column] == left % 2
 

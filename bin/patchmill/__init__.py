@@ -1,1 +1,0 @@
-/work/main/engine/__init__.py
