@@ -13,10 +13,20 @@ from jaxtyping import Bool, Int32, UInt8
 from patchmill.errors import TransientError
 from patchmill.types import Level, Slide
 
-__all__ = ["READ_TIMEOUT", "Patience", "PatientSlide"]
+__all__ = ["READ_TIMEOUT", "Patience", "PatientSlide", "beat"]
 
 READ_TIMEOUT = 120.0  # seconds; NFS with its usual `hard` mount retries for ever
 Value = TypeVar("Value")
+
+
+_waiting = threading.local()  # .patience: whose thread this is
+
+
+def beat() -> None:
+    """Called by what takes long but moves, on whatever thread: if somebody waits for it, the limit counts from here."""
+    patience: Patience | None = getattr(_waiting, "patience", None)
+    if patience is not None:
+        patience.beat()
 
 
 class Patience:
@@ -68,6 +78,7 @@ class Patience:
         self._queue.put(None)
 
     def _work(self) -> None:
+        _waiting.patience = self
         while (item := self._queue.get()) is not None:
             future, function = item
             try:
