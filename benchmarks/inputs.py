@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from patchmill.encoders import gate_tiles
 from patchmill.errors import UsageError
 from patchmill.plan import plan_slide
-from patchmill.query.picture import read_tile
+from patchmill.query.tiles import read_tile
 from patchmill.sources import find_sources, open_slide
 from patchmill.testing.pyramids import write_pyramid
 from patchmill.testing.slides import ArraySlide

@@ -5,6 +5,6 @@ Triton, so nothing imports it unasked. `patchmill.kernels.reference` holds the s
 by.
 """
 
-from patchmill.kernels.cpu import pack, tissue_fraction
+from patchmill.kernels.cpu import pack, reslice, tissue_fraction
 
-__all__ = ["pack", "tissue_fraction"]
+__all__ = ["pack", "reslice", "tissue_fraction"]

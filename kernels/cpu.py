@@ -1,27 +1,19 @@
 """Every kernel compiled by numba: single-threaded, without the GIL, since tasks are threads already."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64, UInt8
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from patchmill.kernels.areas import check_areas
 from patchmill.kernels.boxes import box_weights, check
+from patchmill.kernels.compiling import compiled
+from patchmill.kernels.cpu_slices import reslice
 
-__all__ = ["pack", "tissue_fraction"]
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at the first call; kept on disk for later processes wherever numba finds a folder that it may write."""
-    try:
-        kept: Callable[..., Any] = njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # a read-only installation without a home: every process compiles for itself, in a second
-        kept = njit(nogil=True)(function)
-    return kept
+__all__ = ["compiled", "pack", "reslice", "tissue_fraction"]
 
 
 def pack(

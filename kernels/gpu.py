@@ -9,15 +9,17 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float, Float32, Float64, Int32, Num, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Num, Shaped, UInt8
 
 from patchmill.kernels.areas import check_areas
 from patchmill.kernels.boxes import box_weights, check
+from patchmill.kernels.slices import Table, check_slices, on_its_side
 
-__all__ = ["pack", "tissue_fraction"]
+__all__ = ["pack", "reslice", "tissue_fraction"]
 
 ROWS, LANES = 4, 256  # output rows, and bytes of each, that one program makes
 UNFUSED = {"enable_fp_fusion": False}
@@ -106,6 +108,80 @@ def _shrink(  # type: ignore[no-untyped-def]
     level = (tl.div_rn(total, area) + 0.5).to(tl.int32)
     at = ((tile * pixels + i) * pixels) * 3 + lane
     tl.store(out + at, level.to(tl.uint8), mask=(i < pixels) & (j < pixels))
+
+
+def reslice(
+    voxels: Shaped[torch.Tensor, "d h w"],
+    slices: Int32[torch.Tensor, "n 3"],
+    rows: Table,
+    columns: Table,
+    gain: Float32[np.ndarray, "3"],
+    offset: Float32[np.ndarray, "3"],
+    out: UInt8[torch.Tensor, "n p p 3"],
+) -> None:
+    """Draw slices of a volume as square tiles of grey levels, in one pass from voxels to a batch buffer.
+
+    Arguments mean what they do for `patchmill.kernels.cpu.reslice`. voxels, of any strides, and out lie on one device.
+    slices may lie there or on the CPU, where they are checked: from a GPU they come only after all that was queued
+    before. The others are small NumPy arrays. Returns once the work is queued.
+
+    Raises ValueError for another type, shape or device, for a slice or a voxel with weight that is not there, and for
+    gaps in the buffer.
+    """
+    demand(voxels, voxels.dtype, {out.device})
+    demand(out, torch.uint8, {out.device})
+    demand(slices, torch.int32, {out.device, torch.device("cpu")})
+    shape, kind = tuple(voxels.shape), str(voxels.dtype).removeprefix("torch.")
+    row, column = check_slices(
+        shape, kind, slices.cpu().numpy(), rows, columns, gain, offset, tuple(out.shape), out.is_contiguous()
+    )
+    if not len(slices):
+        return
+    pixels, (across, down, along) = out.shape[1], voxels.stride()
+    i_step, j_step = pixels * 3, 3
+    if on_its_side(shape, voxels.stride()):
+        row, column, down, along, i_step, j_step = column, row, along, down, j_step, i_step
+    tables = [
+        torch.tensor(each, device=out.device)
+        for each in (row.first, row.weights, row.total, column.first, column.weights, column.total, gain, offset)
+    ]
+    with device_of(out):
+        _reslice[len(slices), triton.cdiv(pixels, ROWS), triton.cdiv(pixels * 3, LANES)](
+            voxels, slices.to(out.device).contiguous(), *tables, out, across, down, along, i_step, j_step, pixels,
+            row.weights.shape[1], column.weights.shape[1], rows=ROWS, lanes=LANES, **UNFUSED,
+        )  # fmt: skip
+
+
+@jit
+def _reslice(  # type: ignore[no-untyped-def]
+    voxels, slices, row_first, row_weights, row_total, first, weights, total, gain, offset, out,
+    across, down, along, i_step, j_step, pixels, row_taps, taps, rows: tl.constexpr, lanes: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * rows + tl.arange(0, rows)[:, None]
+    lane = tl.program_id(2) * lanes + tl.arange(0, lanes)[None, :]
+    j, channel = lane // 3, lane % 3
+    factor, shift = tl.load(gain + channel), tl.load(offset + channel)
+    left = tl.load(first + j, mask=j < pixels, other=0)
+    top = tl.load(row_first + i, mask=i < pixels, other=0)
+    corner = voxels + tl.load(slices + tile * 3 + channel).to(tl.int64) * across  # 64 bits: a volume may be large
+    sums = tl.zeros([rows, lanes], tl.float32)
+    for wide in range(taps):
+        share = tl.load(weights + j * taps + wide, mask=j < pixels, other=0)
+        column = corner + (left + wide) * along
+        strip = tl.zeros([rows, lanes], tl.float32)
+        for high in range(row_taps):
+            weight = tl.load(row_weights + i * row_taps + high, mask=i < pixels, other=0)
+            # Without weight a voxel may lie outside.
+            voxel = tl.load(column + (top + high) * down, mask=(share > 0) & (weight > 0), other=0)
+            level = voxel.to(tl.float32) * factor + shift
+            level = tl.where(level > 0, level, 0.0)  # 0 also where it is no number
+            strip += weight * tl.where(level < 255, level, 255.0)
+        sums += share * strip
+    area = tl.load(row_total + i, mask=i < pixels, other=1) * tl.load(total + j, mask=j < pixels, other=1)
+    grey = (tl.div_rn(sums, area) + 0.5).to(tl.int32)
+    at = tile * pixels * pixels * 3 + i * i_step + j * j_step + channel
+    tl.store(out + at, grey.to(tl.uint8), mask=(i < pixels) & (j < pixels))
 
 
 def tissue_fraction(

@@ -1,12 +1,13 @@
 """Every kernel by its definition, in NumPy. Slow; judges the fast ones."""
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Shaped, UInt8
 
 from patchmill.kernels.areas import check_areas
 from patchmill.kernels.boxes import box_weights, check
+from patchmill.kernels.slices import Axis, Table, check_slices
 
-__all__ = ["pack", "tissue_fraction"]
+__all__ = ["pack", "reslice", "tissue_fraction"]
 
 
 def pack(
@@ -64,3 +65,35 @@ def between(integral: Float[np.ndarray, "n m"], at: Float64[np.ndarray, " k"]) -
     part = (at - low)[:, None]
     values: Float64[np.ndarray, "k m"] = integral[low] * (1 - part) + integral[low + 1] * part
     return values
+
+
+def reslice(
+    voxels: Shaped[np.ndarray, "d h w"],
+    slices: Int32[np.ndarray, "n 3"],
+    rows: Table,
+    columns: Table,
+    gain: Float32[np.ndarray, "3"],
+    offset: Float32[np.ndarray, "3"],
+    out: UInt8[np.ndarray, "n p p 3"],
+) -> None:
+    """See `patchmill.kernels.cpu.reslice`. Here two products of matrices per channel, in float64."""
+    fit = out.flags.c_contiguous and out.flags.writeable and out.dtype == np.uint8
+    kind = str(voxels.dtype)
+    row, column = check_slices(voxels.shape, kind, slices, rows, columns, gain, offset, out.shape, fit)
+    down, along = spread(row, voxels.shape[1]), spread(column, voxels.shape[2])
+    covered = np.outer(down.sum(axis=1), along.sum(axis=1))
+    for n, channel in np.ndindex(*slices.shape):
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = voxels[slices[n, channel]].astype(np.float32) * gain[channel] + offset[channel]
+        grey = np.nan_to_num(value, nan=0, posinf=255, neginf=0).clip(0, 255).astype(np.float64)
+        mean = np.divide(down @ grey @ along.T, covered, out=np.zeros_like(covered), where=covered > 0)
+        out[n, :, :, channel] = np.floor(mean + 0.5)
+
+
+def spread(axis: Axis, size: int) -> Float64[np.ndarray, "p size"]:
+    """The weight of each voxel in each pixel, zeros included."""
+    weights = np.zeros((len(axis.first), size))
+    for i, (first, row) in enumerate(zip(axis.first, axis.weights, strict=True)):
+        used = np.count_nonzero(np.cumsum(row[::-1]))  # up to the last weight
+        weights[i, first : first + used] = row[:used]
+    return weights

@@ -23,7 +23,7 @@ from patchmill.index import IndexReport, build_index
 from patchmill.probes import ProbeReport, probe_knn
 from patchmill.query import QueryResult, draw_hits, query_place
 from patchmill.sources import open_slide
-from patchmill.types import EncodeSettings
+from patchmill.types import EncodeSettings, SlidePlan
 
 __all__ = ["Demo", "demo", "fetch_sample"]
 
@@ -82,7 +82,7 @@ def demo(
     stain = _haematoxylin(opened, source, run)
     coords = opened.source(source).read_plan(run.plan).coords
     x, y = (int(each) + 1 for each in coords[int(np.argmax(stain))])
-    hits = query_place(opened, source, x, y, k=8)
+    hits = query_place(opened, source, (x, y), k=8)
     picture = folder / "hits.png"
     draw_hits(opened, hits, picture)
     say("probe: kNN on a printed rule")
@@ -132,6 +132,7 @@ def _sha256(data: bytes) -> str:
 def _haematoxylin(archive: Archive, source: str, run: RunReport) -> Float64[np.ndarray, " n"]:
     """Mean haematoxylin per tile, by colour deconvolution (Ruifrok & Johnston 2001, as in scikit-image's rgb2hed)."""
     plan = archive.source(source).read_plan(run.plan)
+    assert isinstance(plan, SlidePlan)
     slide = open_slide(archive.ref(source))
     side = round(plan.extent)
     try:

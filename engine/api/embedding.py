@@ -1,17 +1,20 @@
 """The verb `embed`: sources in, committed embeddings and a report out."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from patchmill import cluster
+from patchmill.api.choosing import encode_for, settings_for
 from patchmill.api.planning import listed, with_rois
 from patchmill.archive import Archive, SourceEntry
 from patchmill.cluster import Doors, Event, RunReport, RunSettings
+from patchmill.encoders import advice
 from patchmill.errors import UsageError
 from patchmill.sources import CatalogEntry, find_sources
-from patchmill.types import EncodeSettings, PlanSettings, SourceRef
+from patchmill.types import EncodeSettings, Fit, Kind, Settings, SourceRef, VolumeSettings
 
 __all__ = ["embed"]
 
@@ -20,46 +23,68 @@ def embed(
     sources: str | Path | Iterable[str | Path],
     archive: str | Path,
     *,
-    plan: PlanSettings | None = None,
+    kind: Kind | None = None,
+    plan: Settings | Mapping[str, Any] | None = None,
     encode: EncodeSettings | None = None,
     run: RunSettings | None = None,
+    intensity: str | None = None,
+    window: str | None = None,
+    slab: int | None = None,
+    fit: Fit | None = None,
     mpp_override: float | None = None,
+    voxel: tuple[float, float, float] | None = None,
     mask: str | Path | None = None,
     coords: str | Path | None = None,
     watch: Callable[[Event], None] | None = None,
     found: Callable[[tuple[SourceRef, ...]], None] | None = None,
+    say: Callable[[str], None] | None = None,
     doors: Doors | None = None,
 ) -> RunReport:
-    """Embed slides into an archive; make the archive if there is none, go on where an earlier run ended if there is.
+    """Embed slides, volumes or an image set into an archive; make it if there is none, go on where a run has ended.
 
-    sources: files, folders, globs or CSV catalogs. mpp_override: micrometres per level-0 pixel for slides that the
-    catalog gives none for, in place of the file's own. mask, coords: masks in place of the tissue rule, or lists of
-    tiles; a file for one slide, or a folder with a file per slide of the same name. watch, found: called with progress,
-    and once with all sources. doors: other ways to open slides and encoders, for tests. Raises UsageError,
-    EncoderError, ArchiveError or NoSpaceError where the run as a whole cannot go on; a source that fails is in the
-    report.
+    sources: files, folders, globs or CSV catalogs, of one kind; kind decides where a folder may be read in two ways.
+    plan: settings, or those that differ from the usual ones, by name. intensity, window, slab: how a volume's values
+    become what the encoder sees; see `patchmill.encoders.intensity_of`. fit: how an image becomes a square.
+    mpp_override: micrometres per level-0 pixel for slides that the catalog gives none for, in place of the file's own.
+    voxel: millimetres along x, y, z for volumes whose files tell none. mask, coords: masks in place of the tissue rule,
+    or lists of tiles; a file for one slide, or a folder with a file per slide of the same name. watch, found, say:
+    called with progress, once with all sources, and with what a user must know. doors: other ways to open sources and
+    encoders, for tests. Raises UsageError, EncoderError, ArchiveError or NoSpaceError where the run as a whole cannot
+    go on; a source that fails is in the report.
     """
     if mpp_override is not None and not (math.isfinite(mpp_override) and mpp_override > 0):
         raise UsageError("--mpp-override", f"{mpp_override:g} is no resolution", "give µm per level-0 pixel, as 0.25")
-    entries = find_sources([Path(each) for each in listed(sources)])
-    settings, rois = with_rois(entries, plan or PlanSettings(), mask, coords)
+    if voxel is not None and not all(math.isfinite(each) and each > 0 for each in voxel):
+        raise UsageError("--voxel", f"{voxel} are no lengths", "give millimetres along x, y and z, as 0.5,0.5,2")
+    asked = plan if isinstance(plan, Settings) else None
+    entries = find_sources([Path(each) for each in listed(sources)], asked.kind if asked else kind)
+    settings = asked or settings_for(entries[0].kind, plan if isinstance(plan, Mapping) else {})
+    encode, note = encode_for(
+        encode or EncodeSettings(), entries, intensity=intensity, window=window, slab=slab, fit=fit
+    )
+    if say is not None:
+        for line in filter(None, (note, advice(encode, settings))):
+            say(line)
+    settings, rois = with_rois(entries, settings, mask, coords)
     target = Archive.create_or_open(Path(archive))
     registered = [_entry(target, entry, mpp_override) for entry in entries]
     target.register(registered)
     known = {ref.id: ref for ref in target.refs()}
     how = run or RunSettings()
-    refs = tuple(replace(known[entry.id], reader=how.reader, roi=rois.get(entry.name)) for entry in registered)
+    refs = tuple(
+        replace(
+            known[entry.id],
+            kind=settings.kind,
+            reader=how.reader,
+            roi=rois.get(entry.name),
+            frame=settings.frame if isinstance(settings, VolumeSettings) else None,
+            spacing=voxel,
+        )
+        for entry in registered
+    )
     if found is not None:
         found(refs)
-    return cluster.run(
-        target,
-        refs,
-        settings,
-        encode or EncodeSettings(),
-        how,
-        watch or (lambda event: None),
-        doors,
-    )
+    return cluster.run(target, refs, settings, encode, how, watch or (lambda event: None), doors)
 
 
 def _entry(archive: Archive, entry: CatalogEntry, mpp_override: float | None) -> SourceEntry:

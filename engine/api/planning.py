@@ -1,30 +1,48 @@
-"""The verb `plan`: where a slide's tiles would lie, without an archive; and the files that say so."""
+"""The verb `plan`: where a source's tiles would lie, without an archive; and the files that say so."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from patchmill.api.choosing import settings_for
 from patchmill.errors import SourceError, UsageError
-from patchmill.plan import ROI_SUFFIXES, draw_plan, mask_of, plan_slide, read_roi
+from patchmill.plan import ROI_SUFFIXES, draw_plan, mask_of, plan_slide, plan_volume, read_roi
 from patchmill.query import save_picture
-from patchmill.sources import CatalogEntry, Patience, PatientSlide, find_sources, open_slide
-from patchmill.types import PlanSettings, SourceRef
+from patchmill.sources import (
+    CatalogEntry,
+    Patience,
+    PatientSlide,
+    PatientVolume,
+    find_sources,
+    open_images,
+    open_slide,
+    open_volume,
+)
+from patchmill.types import PLANES, QUANTILES, ImageSettings, Kind, PlanSettings, Settings, SourceRef, VolumeSettings
 
 __all__ = ["Preview", "listed", "preview", "with_rois"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """The plan of one slide, in figures."""
+    """The plan of one source, in figures."""
 
     path: str
+    kind: Kind = "slide"
     tiles: int = 0
-    mpp: float | None = None  # what a tile pixel spans
-    level: int | None = None  # that tiles are read from
-    shrink: int | None = None  # by the codec
     reader: str = ""
-    tissue_mm2: float | None = None  # None where the plan has no mask
+    mpp: float | None = None  # of a slide: what a tile pixel spans
+    level: int | None = None  # of a slide: that tiles are read from
+    shrink: int | None = None  # of a slide: by the codec
+    tissue_mm2: float | None = None  # of a slide; None where the plan has no mask
+    shape: tuple[int, int, int] | None = None  # of a volume: voxels towards right, anterior, superior
+    voxel: tuple[float, float, float] | None = None  # of a volume: millimetres
+    planes: Mapping[str, int] | None = None  # of a volume: tiles in each plane
+    empty: int | None = None  # of a volume: tiles that hold too little of the body
+    quantiles: tuple[float, float] | None = None  # of a volume: 0.5 % and 99.5 % of the body's values
     picture: str | None = None  # a file
     wrong: str = ""  # why there is no plan
 
@@ -36,20 +54,24 @@ class Preview:
 def preview(
     sources: str | Path | Iterable[str | Path],
     *,
-    plan: PlanSettings | None = None,
+    kind: Kind | None = None,
+    plan: Settings | Mapping[str, Any] | None = None,
     mask: str | Path | None = None,
     coords: str | Path | None = None,
     reader: str = "auto",
     mpp_override: float | None = None,
+    voxel: tuple[float, float, float] | None = None,
     picture: str | Path | None = None,
 ) -> tuple[Preview, ...]:
-    """Plan slides as `embed` would, and say what it would do; nothing is kept.
+    """Plan sources as `embed` would, and say what it would do; nothing is kept.
 
-    sources, plan, mask, coords, mpp_override: as for `embed`. picture: a PNG of one slide; for several, a folder of
-    them. Raises UsageError; a slide that cannot be planned is in the result.
+    sources, kind, plan, mask, coords, mpp_override, voxel: as for `embed`. picture: a PNG of one slide; for several, a
+    folder of them. Raises UsageError; a source that cannot be planned is in the result.
     """
-    entries = find_sources([Path(each) for each in listed(sources)])
-    settings, rois = with_rois(entries, plan or PlanSettings(), mask, coords)
+    asked = plan if isinstance(plan, Settings) else None
+    entries = find_sources([Path(each) for each in listed(sources)], asked.kind if asked else kind)
+    settings = asked or settings_for(entries[0].kind, plan if isinstance(plan, Mapping) else {})
+    settings, rois = with_rois(entries, settings, mask, coords)
     pictures = pictures_of(entries, picture)
     return tuple(
         previewed(
@@ -59,6 +81,9 @@ def preview(
                 mpp=entry.mpp if entry.mpp is not None else mpp_override,
                 reader=reader,
                 roi=rois.get(entry.name),
+                kind=settings.kind,
+                frame=settings.frame if isinstance(settings, VolumeSettings) else None,
+                spacing=voxel,
             ),
             settings,
             pictures.get(entry.name),
@@ -72,40 +97,79 @@ def listed(sources: str | Path | Iterable[str | Path]) -> list[str | Path]:
     return [sources] if isinstance(sources, str | Path) else list(sources)
 
 
-def previewed(ref: SourceRef, settings: PlanSettings, picture: Path | None) -> Preview:
-    """The plan of one slide, drawn if there is a place for the picture."""
+def previewed(ref: SourceRef, settings: Settings, picture: Path | None) -> Preview:
+    """The plan of one source, drawn if there is a place for the picture."""
     try:
         with Patience(ref.id) as patience:
-            roi = patience.run(read_roi, ref) if ref.roi is not None else None
-            slide = PatientSlide(patience.run(open_slide, ref), patience)
-            try:
-                mask = mask_of(slide, settings, ref.id, roi)
-                made = plan_slide(slide, settings, ref.id, roi, mask)
-                area = None if mask is None else float(mask.tissue.sum()) * (mask.scale * slide.mpp / 1000) ** 2
-                if picture is not None:
-                    says = "" if area is None else f", {area:.2f} sq mm of tissue"  # the font has no µ
-                    title = f"{made.rows} tiles of {settings.tile} px, mpp {made.mpp:.3g}{says}"
-                    save_picture(draw_plan(slide, made, mask, title), picture)
-                return Preview(
-                    path=ref.path,
-                    tiles=made.rows,
-                    mpp=made.mpp,
-                    level=made.level,
-                    shrink=made.shrink,
-                    reader=slide.reader,
-                    tissue_mm2=area,
-                    picture=str(picture) if picture is not None else None,
-                )
-            finally:
-                slide.close()
+            match settings:
+                case PlanSettings():
+                    return previewed_slide(ref, settings, picture, patience)
+                case VolumeSettings():
+                    return previewed_volume(ref, settings, patience)
+                case ImageSettings():
+                    images = patience.run(open_images, ref)
+                    try:
+                        return Preview(path=ref.path, kind="images", tiles=len(images.names), reader=images.reader)
+                    finally:
+                        images.close()
     except SourceError as error:
-        return Preview(path=ref.path, wrong=f"{error.wrong}; {error.do}")
+        return Preview(path=ref.path, kind=settings.kind, wrong=f"{error.wrong}; {error.do}")
+
+
+def previewed_slide(ref: SourceRef, settings: PlanSettings, picture: Path | None, patience: Patience) -> Preview:
+    """The plan of a slide. Raises SourceError."""
+    roi = patience.run(read_roi, ref) if ref.roi is not None else None
+    slide = PatientSlide(patience.run(open_slide, ref), patience)
+    try:
+        mask = mask_of(slide, settings, ref.id, roi)
+        made = plan_slide(slide, settings, ref.id, roi, mask)
+        area = None if mask is None else float(mask.tissue.sum()) * (mask.scale * slide.mpp / 1000) ** 2
+        if picture is not None:
+            says = "" if area is None else f", {area:.2f} sq mm of tissue"  # the font has no µ
+            title = f"{made.rows} tiles of {settings.tile} px, mpp {made.mpp:.3g}{says}"
+            save_picture(draw_plan(slide, made, mask, title), picture)
+        return Preview(
+            path=ref.path,
+            tiles=made.rows,
+            mpp=made.mpp,
+            level=made.level,
+            shrink=made.shrink,
+            reader=slide.reader,
+            tissue_mm2=area,
+            picture=str(picture) if picture is not None else None,
+        )
+    finally:
+        slide.close()
+
+
+def previewed_volume(ref: SourceRef, settings: VolumeSettings, patience: Patience) -> Preview:
+    """The plan of a volume. Raises SourceError."""
+    volume = PatientVolume(patience.run(open_volume, ref), patience)
+    try:
+        made = plan_volume(volume, settings, ref.id)
+        counts = np.bincount(made.coords[:, 0], minlength=len(PLANES)).tolist()
+        known = dict(zip(QUANTILES, made.quantiles, strict=True))
+        return Preview(
+            path=ref.path,
+            kind="volume",
+            tiles=made.rows,
+            reader=volume.reader,
+            shape=made.shape,
+            voxel=made.steps,
+            planes={name: count for name, count in zip(PLANES, counts, strict=True) if count},
+            empty=made.empty,
+            quantiles=(known[0.005], known[0.995]),
+        )
+    finally:
+        volume.close()
 
 
 def pictures_of(entries: Sequence[CatalogEntry], picture: str | Path | None) -> dict[str, Path]:
     """Where the picture of each source goes."""
     if picture is None:
         return {}
+    if entries[0].kind != "slide":
+        raise UsageError("--picture", "plans of slides alone are drawn", "leave it out")
     if len(entries) == 1:
         if Path(picture).suffix.lower() != ".png":
             raise UsageError("--picture", f"{str(picture)!r} is no PNG", "name a file that ends in .png")
@@ -121,13 +185,17 @@ def pictures_of(entries: Sequence[CatalogEntry], picture: str | Path | None) -> 
 
 
 def with_rois(
-    entries: Sequence[CatalogEntry], plan: PlanSettings, mask: str | Path | None, coords: str | Path | None
-) -> tuple[PlanSettings, dict[str, str]]:
+    entries: Sequence[CatalogEntry], plan: Settings, mask: str | Path | None, coords: str | Path | None
+) -> tuple[Settings, dict[str, str]]:
     """The plan's settings with the rule that own masks or lists of tiles make, and each source's file by its name.
 
     mask, coords: a file for one slide, or a folder with a file per slide: its name without the suffix, with a suffix of
     ROI_SUFFIXES or, as TRIDENT has it, `_patches.h5`. A source without a file fails by itself. Raises UsageError.
     """
+    if not isinstance(plan, PlanSettings):
+        if mask is not None or coords is not None:
+            raise UsageError("--mask" if mask is not None else "--coords", "it is for slides", "leave it out")
+        return plan, {}
     if mask is None and coords is None:
         if plan.tissue in ROI_SUFFIXES:
             raise UsageError("--tissue", f"the rule {plan.tissue!r} needs a file per slide", f"give --{plan.tissue}")

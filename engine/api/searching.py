@@ -37,10 +37,10 @@ def query_image(
 
 
 def query_place(
-    archive: str | Path, source: str, at: tuple[float, float], k: int = 10, *, index: str = "default"
+    archive: str | Path, source: str, at: Sequence[float] | str, k: int = 10, *, index: str = "default"
 ) -> QueryResult:
-    """The k tiles that look most like the one at x, y (level-0 pixels) of a source; see `query.query_place`."""
-    return query.query_place(Archive.open(Path(archive)), source, *at, k, index=index)
+    """The k tiles that look most like the one at a place of a source; see `patchmill.query.query_place`."""
+    return query.query_place(Archive.open(Path(archive)), source, at, k, index=index)
 
 
 def draw_hits(archive: str | Path, result: QueryResult, out: str | Path) -> None:

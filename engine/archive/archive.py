@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from patchmill.archive import layout
 from patchmill.archive.disk import PARTIAL, Disk, make_folders, put, storing, sweep
 from patchmill.archive.private import SourceEntry, find, keyed_hash, labels_of, refs, register
-from patchmill.archive.records import encoder_from, encoder_record, load, plan_from, seal, sealed
+from patchmill.archive.records import encoder_from, encoder_record, load, seal, sealed, settings_from, settings_record
 from patchmill.archive.source import SourceStore
 from patchmill.errors import ArchiveError, UsageError
-from patchmill.types import EncoderSpec, PlanSettings, SourceRef, fingerprint_of
+from patchmill.types import EncoderSpec, Settings, SourceRef, fingerprint_of
 
 __all__ = ["FORMAT", "Archive", "EncoderRecord"]
 
@@ -154,20 +154,26 @@ class Archive:
             if SOURCE_ID.fullmatch(path.name) and path.is_dir():
                 yield path.name
 
+    def item_id(self, name: str) -> str:
+        """The id of an image in a set, 32 hex digits: HMAC of its name under the site key."""
+        return keyed_hash(self.site_key, "item", name)
+
     def source(self, source: str) -> SourceStore:
         """The store of a source, whether or not it has one yet."""
         return SourceStore(self.path, layout.source_folder(self.path, source), source, self.disk)
 
     # ------------------------------------------------------------------------------------------ plans and encoders
 
-    def plans(self) -> dict[str, PlanSettings]:
+    def plans(self) -> dict[str, Settings]:
         """The settings of all plans by key. Raises ArchiveError if a record is damaged."""
-        return {path.stem: _value(path, lambda value: plan_from(value["settings"])) for path in self._records("plans")}
+        return {
+            path.stem: _value(path, lambda value: settings_from(value["settings"])) for path in self._records("plans")
+        }
 
-    def add_plan(self, settings: PlanSettings) -> None:
+    def add_plan(self, settings: Settings) -> None:
         """Record the settings of a plan, once."""
-        value = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-        self._write_once(layout.plan_file(self.path, settings.key), {"settings": value, "says": settings.describe()})
+        record = {"settings": settings_record(settings), "says": settings.describe()}
+        self._write_once(layout.plan_file(self.path, settings.key), record)
 
     def encoders(self) -> dict[str, EncoderRecord]:
         """All encoders by key. Raises ArchiveError if a record is damaged."""

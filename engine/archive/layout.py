@@ -24,7 +24,7 @@ DATA = "data.zarr"  # one Zarr 3 store per source
 KEY = "[0-9a-f]{16}"
 KNOWN = re.compile(
     rf"{DATA}/zarr\.json"
-    rf"|{DATA}/{KEY}/(zarr\.json|coords/(zarr\.json|c\.0\.0)|tissue/(zarr\.json|c\.0)|features/zarr\.json)"
+    rf"|{DATA}/{KEY}/(zarr\.json|(coords|items)/(zarr\.json|c\.0\.0)|tissue/(zarr\.json|c\.0)|features/zarr\.json)"
     rf"|{DATA}/{KEY}/features/{KEY}/(zarr\.json|valid/(zarr\.json|c\.\d+)|[a-z][a-z0-9_]*/(zarr\.json|c\.\d+\.0))"
     rf"|commits/{KEY}/(plan\.json|{KEY}/(\d+|complete)\.json)"
 )

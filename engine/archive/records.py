@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
 from patchmill.errors import ArchiveError
-from patchmill.types import EncoderSpec, PlanSettings, View
+from patchmill.types import EncoderSpec, ImageSettings, PlanSettings, Settings, View, VolumeSettings
 
 __all__ = [
     "FileCheck",
@@ -19,8 +19,9 @@ __all__ = [
     "encoder_from",
     "encoder_record",
     "load",
-    "plan_from",
     "seal",
+    "settings_from",
+    "settings_record",
     "unseal",
 ]
 
@@ -84,12 +85,26 @@ def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
     return total.hexdigest()
 
 
-def plan_from(settings: Mapping[str, Any]) -> PlanSettings:
-    """The settings of a plan from their JSON form, `dataclasses.asdict`. Raises TypeError if members do not fit.
+def settings_record(settings: Settings) -> dict[str, Any]:
+    """The JSON form of a plan's settings; those of slides, the first that there were, do not name their kind."""
+    record = asdict(settings)
+    return record if settings.kind == "slide" else {"kind": settings.kind, **record}
+
+
+def settings_from(record: Mapping[str, Any]) -> Settings:
+    """The settings of a plan from their JSON form. Raises TypeError or ValueError if members do not fit.
 
     Those that were stored before codecs could decode at reduced scale say nothing of it, and mean exact decoding.
     """
-    return PlanSettings(**{"scaled": False, **settings})
+    known = dict(record)
+    match known.pop("kind", "slide"):
+        case "slide":
+            return PlanSettings(**{"scaled": False, **known})
+        case "volume":
+            return VolumeSettings(**{**known, "planes": tuple(known["planes"])})
+        case "images":
+            return ImageSettings(**known)
+    raise ValueError("a plan of an unknown kind")
 
 
 def encoder_record(spec: EncoderSpec) -> dict[str, Any]:

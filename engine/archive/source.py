@@ -27,7 +27,7 @@ from patchmill.archive.plans import ROOT, load_plan, plan_files, root_attributes
 from patchmill.archive.records import FileCheck, check_of, digest_of
 from patchmill.archive.shards import LEAST_ROWS, MOST_ROWS, shard_starts
 from patchmill.errors import ArchiveError, SourceError
-from patchmill.types import VALID_GOOD, VALID_NOT_WRITTEN, VALID_UNREADABLE, EncoderSpec, Shard, SlidePlan
+from patchmill.types import VALID_GOOD, VALID_NOT_WRITTEN, VALID_UNREADABLE, EncoderSpec, Plan, Shard
 
 __all__ = ["SourceStore"]
 
@@ -63,12 +63,12 @@ class SourceStore:
         commit = self._if_sound(plan_commit_file(key), lambda: load_plan_commit(self.folder, self.id, key))
         return commit is not None and self._sizes_fit(commit.files) and self._root() is not None
 
-    def write_plan(self, plan: SlidePlan, info: Mapping[str, Any]) -> None:
+    def write_plan(self, plan: Plan, info: Mapping[str, Any]) -> None:
         """Store a plan durably. The same plan again changes nothing but what is damaged.
 
-        info: the store's attributes, by allow-list: `fingerprint` (of the content; required), kind, subject, mpp,
-        reader, levels, bounds, vendor, objective. A further plan leaves the attributes alone. Embeddings that were
-        made on other tiles under this key are withdrawn. Raises SourceError if the source's content has changed.
+        info: the store's attributes, by allow-list: `fingerprint` (of the content; required), kind, subject, reader,
+        and what slides, volumes or image sets have more. A further plan leaves the attributes alone. Embeddings that
+        were made on other tiles under this key are withdrawn. Raises SourceError if the source's content has changed.
         """
         files = {ROOT: root_document(self.id, info), **plan_files(plan)}
         if (known := self._root()) is not None:
@@ -88,7 +88,7 @@ class SourceStore:
                 discard(self.disk, self.folder / commit.file)  # else it would vouch for half of the new plan
             self._put_changed({**files, commit.file: record})
 
-    def read_plan(self, key: str) -> SlidePlan:
+    def read_plan(self, key: str) -> Plan:
         """A stored plan. Raises ArchiveError if it is missing or damaged."""
         for path, check in self._plan_commit(key).files.items():
             self._read_back(path, check)

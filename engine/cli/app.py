@@ -3,20 +3,20 @@
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from patchmill.cli.bench import bench_app
 from patchmill.cli.common import Json, show
 from patchmill.errors import UsageError
-from patchmill.types import EncodeSettings, PlanSettings
+from patchmill.types import EncodeSettings, PlanSettings, VolumeSettings
 
 __all__ = ["app"]
 
 app = typer.Typer(
     name="patchmill",
-    help="Slides in, a searchable archive of embeddings out.",
+    help="Slides, volumes and images in, a searchable archive of embeddings out.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -25,7 +25,7 @@ probe_app = typer.Typer(help="Light tasks on frozen embeddings.", rich_markup_mo
 app.add_typer(probe_app, name="probe")
 app.add_typer(bench_app, name="bench")
 
-_plan, _encode = PlanSettings(), EncodeSettings()  # the defaults are named once
+_plan, _volume, _encode = PlanSettings(), VolumeSettings(), EncodeSettings()  # the defaults are named once
 _READ_TIMEOUT = 120.0  # of patchmill.sources, which would be slow to import here; a test compares the two
 
 ArchivePath = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="the archive's folder")]
@@ -35,12 +35,37 @@ EncoderKey = Annotated[
 ]
 Output = Annotated[str | None, typer.Option(help="cls or mean, where the encoder has both; its first by default")]
 Weights = Annotated[Path | None, typer.Option(help="weights file: safetensors, the index of several, or .pth")]
-Sources = Annotated[list[str], typer.Argument(metavar="SRC...", help="slides, folders, globs or CSV catalogs")]
-Mpp = Annotated[float, typer.Option(help="micrometres per tile pixel")]
-TileSide = Annotated[int, typer.Option("--tile", help="pixels per side of a tile")]
-Overlap = Annotated[int, typer.Option(help="pixels shared with the next tile")]
-Tissue = Annotated[Literal["auto", "none"], typer.Option(help="none keeps every tile")]
-MinTissue = Annotated[float, typer.Option(help="least tissue fraction of a tile")]
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SRC...", help="slides, volumes or images: files, folders, globs or CSV catalogs")
+]
+As = Annotated[
+    Literal["slide", "volume", "images"] | None,
+    typer.Option("--as", help="what SRC holds, where a folder may be read in two ways"),
+]
+# Which of these there are depends on what is embedded, so that none has a value of its own here.
+Mpp = Annotated[float | None, typer.Option(help=f"slides: micrometres per tile pixel; {_plan.mpp} by default")]
+TileSide = Annotated[
+    int | None,
+    typer.Option("--tile", help=f"pixels per side of a tile; slides: {_plan.tile} by default, volumes: whole slices"),
+]
+Overlap = Annotated[int | None, typer.Option(help="pixels shared with the next tile; 0 by default")]
+Tissue = Annotated[
+    Literal["auto", "none"] | None,
+    typer.Option(help="auto looks for tissue, or for a volume's body; none keeps all"),
+]
+MinTissue = Annotated[
+    float | None,
+    typer.Option(help=f"least tissue fraction of a tile; slides {_plan.min_tissue}, volumes {_volume.min_tissue}"),
+]
+Planes = Annotated[
+    str | None, typer.Option(help="volumes: axial,coronal,sagittal; by default axial, and all of an isotropic volume")
+]
+Spacing = Annotated[float | None, typer.Option(help="volumes: millimetres per pixel; the volume's finest by default")]
+Every = Annotated[int | None, typer.Option(help="volumes: each n-th slice")]
+Frame = Annotated[int | None, typer.Option(help="volumes: which one of a file that holds several, from 0")]
+Voxel = Annotated[
+    str | None, typer.Option(metavar="X,Y,Z", help="volumes: millimetres per voxel where the file tells none")
+]
 Mask = Annotated[
     Path | None,
     typer.Option(metavar="PATH", help="own tissue: GeoJSON or PNG of one slide, or a folder with one per slide"),
@@ -48,7 +73,10 @@ Mask = Annotated[
 Coords = Annotated[
     Path | None, typer.Option(metavar="PATH", help="own tiles: HDF5 of CLAM or TRIDENT, or a folder with one per slide")
 ]
-Decode = Annotated[Literal["scaled", "exact"], typer.Option(help="scaled: a codec may shrink, if by an even number")]
+Decode = Annotated[
+    Literal["scaled", "exact"] | None,
+    typer.Option(help="slides: scaled, the default, lets a codec shrink by an even number"),
+]
 Reader = Annotated[
     Literal["auto", "dicom", "omezarr", "openslide", "tiff"],
     typer.Option(help="who decodes; auto chooses for each file and names it"),
@@ -75,14 +103,30 @@ def embed(
     pixels: Annotated[
         int | None, typer.Option(help="pixels per side of the encoder's input; its own by default")
     ] = None,
-    mpp: Mpp = _plan.mpp,
-    tile: TileSide = _plan.tile,
-    overlap: Overlap = _plan.overlap,
-    tissue: Tissue = "auto",
-    min_tissue: MinTissue = _plan.min_tissue,
+    kind: As = None,
+    mpp: Mpp = None,
+    tile: TileSide = None,
+    overlap: Overlap = None,
+    tissue: Tissue = None,
+    min_tissue: MinTissue = None,
     mask: Mask = None,
     coords: Coords = None,
-    decode: Decode = "scaled",
+    decode: Decode = None,
+    planes: Planes = None,
+    spacing: Spacing = None,
+    every: Every = None,
+    frame: Frame = None,
+    voxel: Voxel = None,
+    intensity: Annotated[
+        str | None, typer.Option(help="volumes: which values are black and white, such as ct-lung; see the README")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="volumes: own values, or 0.5%,99.5% of the body's")
+    ] = None,
+    slab: Annotated[int | None, typer.Option(help="volumes: 3 puts neighbouring slices into the channels")] = None,
+    fit: Annotated[
+        Literal["crop", "pad", "stretch"] | None, typer.Option(help="images: how one becomes a square; pad by default")
+    ] = None,
     reader: Reader = "auto",
     read_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="give up a source whose storage does not answer for so long")
@@ -101,14 +145,12 @@ def embed(
     retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="try them again")] = False,
     as_json: Json = False,
 ) -> int:
-    """Embed slides into an archive. Stop it whenever you like; the same command goes on."""
+    """Embed slides, volumes or images into an archive. Stop it whenever you like; the same command goes on."""
     from patchmill import api
     from patchmill.cli.progress import run_progress
     from patchmill.cli.text import report_text
     from patchmill.cluster import RunSettings
-    from patchmill.encoders import advice
 
-    settings = _plan_settings(mpp, tile, overlap, tissue, min_tissue, decode)
     encode = EncodeSettings(
         encoder=encoder,
         weights=str(weights.absolute()) if weights else None,
@@ -119,14 +161,18 @@ def embed(
         batch=batch,
         threads=threads,
     )
-    if note := advice(encode, settings):
-        print(f"patchmill: note: {note}", file=sys.stderr)
     with run_progress() as progress:
         report = api.embed(
             src,
             archive,
-            plan=settings,
+            kind=kind,
+            plan=_plan_options(mpp, tile, overlap, tissue, min_tissue, decode, planes, spacing, every, frame),
             encode=encode,
+            intensity=intensity,
+            window=window,
+            slab=slab,
+            fit=fit,
+            voxel=_numbers("--voxel", voxel, 3) if voxel else None,
             run=RunSettings(
                 workers=workers,
                 new_plan=new_plan,
@@ -141,17 +187,47 @@ def embed(
             coords=coords,
             watch=progress,
             found=progress.found,
+            say=lambda line: print(f"patchmill: note: {line}", file=sys.stderr),
         )
     show(report.as_dict(paths=True), lambda: report_text(report), as_json)
     return 1 if report.failed else 0
 
 
-def _plan_settings(
-    mpp: float, tile: int, overlap: int, tissue: Literal["auto", "none"], min_tissue: float, decode: str
-) -> PlanSettings:
-    return PlanSettings(
-        mpp=mpp, tile=tile, overlap=overlap, tissue=tissue, min_tissue=min_tissue, scaled=decode == "scaled"
-    )
+def _plan_options(
+    mpp: float | None,
+    tile: int | None,
+    overlap: int | None,
+    tissue: str | None,
+    min_tissue: float | None,
+    decode: str | None,
+    planes: str | None,
+    spacing: float | None,
+    every: int | None,
+    frame: int | None,
+) -> dict[str, Any]:
+    """The settings of a plan by name; None where nothing was said."""
+    return {
+        "mpp": mpp,
+        "tile": tile,
+        "overlap": overlap,
+        "tissue": tissue,
+        "min_tissue": min_tissue,
+        "scaled": None if decode is None else decode == "scaled",
+        "planes": None if planes is None else tuple(planes.split(",")),
+        "spacing": spacing,
+        "every": every,
+        "frame": frame,
+    }
+
+
+def _numbers(option: str, text: str, count: int) -> Any:
+    try:
+        found = tuple(float(each) for each in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != count:
+        raise UsageError(option, f"{text!r} are not {count} numbers", "write them with commas, as 0.5,0.5,2")
+    return found
 
 
 @app.command(epilog="Example: patchmill plan slide.svs --picture plan.png")
@@ -160,14 +236,20 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(help="draw tissue and tiles: a PNG for one slide, a folder for several")
     ] = None,
-    mpp: Mpp = _plan.mpp,
-    tile: TileSide = _plan.tile,
-    overlap: Overlap = _plan.overlap,
-    tissue: Tissue = "auto",
-    min_tissue: MinTissue = _plan.min_tissue,
+    kind: As = None,
+    mpp: Mpp = None,
+    tile: TileSide = None,
+    overlap: Overlap = None,
+    tissue: Tissue = None,
+    min_tissue: MinTissue = None,
     mask: Mask = None,
     coords: Coords = None,
-    decode: Decode = "scaled",
+    decode: Decode = None,
+    planes: Planes = None,
+    spacing: Spacing = None,
+    every: Every = None,
+    frame: Frame = None,
+    voxel: Voxel = None,
     reader: Reader = "auto",
     mpp_override: MppOverride = None,
     as_json: Json = False,
@@ -178,7 +260,9 @@ def plan(
 
     found = api.preview(
         src,
-        plan=_plan_settings(mpp, tile, overlap, tissue, min_tissue, decode),
+        kind=kind,
+        plan=_plan_options(mpp, tile, overlap, tissue, min_tissue, decode, planes, spacing, every, frame),
+        voxel=_numbers("--voxel", voxel, 3) if voxel else None,
         mask=mask,
         coords=coords,
         reader=reader,
@@ -241,7 +325,11 @@ def query(
     archive: ArchivePath,
     image: Annotated[Path | None, typer.Option(help="an image file, taken as one tile of the plan")] = None,
     source: Annotated[str | None, typer.Option(help="id, name or path of a source; with --at")] = None,
-    at: Annotated[str | None, typer.Option(metavar="X,Y", help="level-0 pixels; with --source")] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help="X,Y in level-0 pixels; X,Y,Z in mm, RAS+; an image's number or name"),
+    ] = None,
+    lps: Annotated[bool, typer.Option("--at-lps", help="--at is in DICOM's own millimetres, LPS+")] = False,
     k: Annotated[int, typer.Option("-k", help="number of hits")] = 10,
     picture: Annotated[Path | None, typer.Option(help="write the query and its hits as a PNG")] = None,
     name: Annotated[str, typer.Option("--index", help="name of the index")] = "default",
@@ -256,19 +344,24 @@ def query(
     if image is not None:
         result = api.query_image(archive, image, k, index=name, weights=str(weights) if weights else None)
     else:
-        result = api.query_place(archive, str(source), _point(str(at)), k, index=name)
+        result = api.query_place(archive, str(source), _point(str(at), lps), k, index=name)
     if picture is not None:
         api.draw_hits(archive, result, picture)
     show(result.as_dict(), result.text, as_json)
     return 0
 
 
-def _point(text: str) -> tuple[float, float]:
+def _point(text: str, lps: bool) -> tuple[float, ...] | str:
+    """Numbers, or the name of an image."""
     try:
-        x, y = (float(each) for each in text.split(","))
+        point = tuple(float(each) for each in text.split(","))
     except ValueError:
-        raise UsageError("--at", f"{text!r} is no place", "write X,Y in level-0 pixels, such as 1100,1500") from None
-    return x, y
+        point = ()
+    if lps:
+        if len(point) != 3:
+            raise UsageError("--at-lps", f"--at {text!r} is no place in a volume", "write X,Y,Z in millimetres")
+        return -point[0], -point[1], point[2]
+    return point or text
 
 
 @probe_app.command(epilog="Example: patchmill probe knn my-archive --labels labels.csv")

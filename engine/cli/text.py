@@ -58,11 +58,29 @@ def previews_text(previews: Iterable[Preview]) -> str:
         if each.wrong:
             lines.append(f"{each.path}: {each.wrong}")
             continue
+        if each.kind != "slide":
+            lines += other_preview(each)
+            continue
         tissue = f"; {each.tissue_mm2:.1f} mm² of tissue" if each.tissue_mm2 is not None else ""
         shrunk = f", decoded at 1/{each.shrink}" if each.shrink != 1 else ""
         lines.append(f"{each.path}: {each.tiles} tiles at {each.mpp:.4g} µm/px from level {each.level}{shrunk}{tissue}")
         lines.append(f"  reader {each.reader}" + (f"; picture {each.picture}" if each.picture else ""))
     return "\n".join(lines)
+
+
+def other_preview(preview: Preview) -> list[str]:
+    """The lines of a volume's or an image set's plan."""
+    if preview.shape is None or preview.voxel is None:
+        return [f"{preview.path}: {preview.tiles} images", f"  reader {preview.reader}"]
+    planes = ", ".join(f"{count} {plane}" for plane, count in (preview.planes or {}).items())
+    size = " x ".join(map(str, preview.shape))
+    voxel = " x ".join(f"{each:.4g}" for each in preview.voxel)
+    low, high = preview.quantiles or (0, 0)
+    return [
+        f"{preview.path}: {preview.tiles} tiles ({planes or 'none'}), {preview.empty} left out as empty; "
+        f"{size} voxels of {voxel} mm (right, anterior, superior), body from {low:.4g} to {high:.4g}",
+        f"  reader {preview.reader}",
+    ]
 
 
 def status_text(status: Status) -> str:
@@ -120,6 +138,7 @@ def demo_text(demo: Demo) -> str:
     probe = "\n".join(f"  {line}" for line in demo.probe.text().splitlines())
     rate = f"{demo.run.rate:.1f} tiles/s on this machine" if demo.run.tiles else "embedded by an earlier run"
     best = demo.hits.hits[0]
+    x, y = (best.place[axis] + 1 for axis in "xy")
     return f"""
 Made from {demo.slide}, {rate}:
   {demo.run.tiles or demo.index.vectors} tiles embedded in {demo.archive}
@@ -132,5 +151,5 @@ This proves the machinery only: a colour rule says nothing about an encoder's wo
 
 Try next:
   patchmill status {demo.archive}
-  patchmill query {demo.archive} --source {Path(best.path).name} --at {best.x + 1},{best.y + 1} -k 5 --picture hits2.png
+  patchmill query {demo.archive} --source {Path(best.path).name} --at {x},{y} -k 5 --picture hits2.png
   patchmill embed YOUR-SLIDES/ --archive my-archive --encoder efficientnet-lite0"""

@@ -263,6 +263,7 @@ class Driver:
             embedded=work.embedded,
             unreadable=work.unreadable,
             mpp=work.planned.mpp if work.planned else None,
+            empty=work.planned.empty if work.planned else 0,
             reader=work.planned.reader if work.planned else "",
             kind=kind,
             wrong=wrong,

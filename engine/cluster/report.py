@@ -21,7 +21,8 @@ class SourceOutcome:
     embedded: int = 0  # rows embedded by this run; the rest were there before
     unreadable: int = 0  # rows that lie on damaged parts of the file
     skipped: bool = False  # it was complete before this run began
-    mpp: float | None = None  # micrometres that a tile pixel spans
+    mpp: float | None = None  # micrometres that a tile pixel spans, of a slide
+    empty: int = 0  # tiles of a volume that were left out as they hold too little of the body
     reader: str = ""  # who decodes it; not told of a source that was skipped
     kind: str = ""  # the kind of error, "quarantined" among them
     wrong: str = ""  # what is wrong and what to do, without any path

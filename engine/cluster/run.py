@@ -24,7 +24,15 @@ from patchmill.cluster.tasks import PROGRESS, Doors, Job, gate_encoder
 from patchmill.encoders import available_cores
 from patchmill.errors import EncoderError, PatchmillError, UsageError
 from patchmill.sources import READ_TIMEOUT, READERS
-from patchmill.types import EncoderSpec, EncodeSettings, PlanSettings, SourceRef, fingerprint_of
+from patchmill.types import (
+    EncoderSpec,
+    EncodeSettings,
+    PlanSettings,
+    Settings,
+    SourceRef,
+    VolumeSettings,
+    fingerprint_of,
+)
 
 __all__ = ["RunSettings", "run"]
 
@@ -43,6 +51,9 @@ PACKAGES = (
     "tifffile",
     "simplejpeg",
     "imagecodecs",
+    "nibabel",
+    "simpleitk",
+    "pillow",
 )
 
 
@@ -71,7 +82,7 @@ class RunSettings:
 def run(
     archive: Archive,
     refs: Sequence[SourceRef],
-    plan: PlanSettings,
+    plan: Settings,
     encode: EncodeSettings,
     settings: RunSettings,
     watch: Callable[[Event], None] = lambda event: None,
@@ -319,7 +330,7 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def _check_plan(archive: Archive, plan: PlanSettings, allowed: bool) -> None:
+def _check_plan(archive: Archive, plan: Settings, allowed: bool) -> None:
     plans = archive.plans()
     if plans and plan.key not in plans and not allowed:
         known = "; ".join(f"{key}: {settings.describe()}" for key, settings in plans.items())
@@ -330,8 +341,8 @@ def _check_plan(archive: Archive, plan: PlanSettings, allowed: bool) -> None:
         )
 
 
-def _check_view(plan: PlanSettings, spec: EncoderSpec) -> None:
-    if plan.tile < spec.view.pixels:
+def _check_view(plan: Settings, spec: EncoderSpec) -> None:
+    if isinstance(plan, PlanSettings | VolumeSettings) and plan.tile is not None and plan.tile < spec.view.pixels:
         wrong = f"tiles of {plan.tile} px would have to be enlarged to the {spec.view.pixels} px that {spec.name} takes"
         raise UsageError("--tile", wrong, f"use --tile {spec.view.pixels} or more, or fewer --pixels")
 

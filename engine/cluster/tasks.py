@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from distributed import get_worker
 
 from patchmill import encoders, plan, sources, stream
@@ -16,17 +17,25 @@ from patchmill.archive import Archive, SourceStore, choose_shard_rows
 from patchmill.cluster.journal import opened
 from patchmill.encoders import GateReport
 from patchmill.errors import EncoderError, SourceError
-from patchmill.sources import Patience, PatientSlide
+from patchmill.sources import Patience, PatientImages, PatientSlide, PatientVolume
 from patchmill.types import (
     Encoder,
     EncoderSpec,
     EncodeSettings,
+    ImagePlan,
+    ImageSet,
+    ImageSettings,
+    Plan,
     PlanSettings,
+    Settings,
     Shard,
     ShardResult,
     Slide,
     SlidePlan,
     SourceRef,
+    Volume,
+    VolumePlan,
+    VolumeSettings,
 )
 
 __all__ = [
@@ -46,9 +55,11 @@ PROGRESS = "patchmill-rows"  # topic of the events (source id, rows)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Doors:
-    """How a run opens slides and encoders; tests and benchmarks bring their own, as functions that pickle."""
+    """How a run opens sources and encoders; tests and benchmarks bring their own, as functions that pickle."""
 
     open_slide: Callable[[SourceRef], Slide] = sources.open_slide
+    open_volume: Callable[[SourceRef], Volume] = sources.open_volume
+    open_images: Callable[[SourceRef], ImageSet] = sources.open_images
     resolve: Callable[[EncodeSettings], EncoderSpec] = encoders.resolve
     open_encoder: Callable[[EncodeSettings], Encoder] = encoders.open_encoder
     open_gated: Callable[[EncodeSettings], tuple[Encoder, GateReport]] = encoders.open_gated
@@ -61,7 +72,7 @@ class Job:
 
     archive: str
     run: str  # folder of the run's records
-    plan: PlanSettings
+    plan: Settings
     encode: EncodeSettings
     full_hash: bool = False
     shard_rows: int | None = None  # None: chosen from the measured rate
@@ -87,7 +98,8 @@ class Planned:
     source: str
     rows: int
     pending: tuple[Shard, ...]
-    mpp: float  # what a tile pixel spans, which may differ a little from what was asked
+    mpp: float | None  # of a slide: what a tile pixel spans, which may differ a little from what was asked
+    empty: int  # of a volume: tiles that were left out as they hold too little of the body
     reader: str  # who decodes it, with version
     seconds: float
 
@@ -136,7 +148,8 @@ def plan_source(job: Job, ref: SourceRef, spec: EncoderSpec, rate: float) -> Pla
             source=ref.id,
             rows=geometry.rows,
             pending=tuple(store.pending(job.plan.key, spec)),
-            mpp=geometry.mpp,
+            mpp=geometry.mpp if isinstance(geometry, SlidePlan) else None,
+            empty=geometry.empty if isinstance(geometry, VolumePlan) else 0,
             reader=str(store.info()["reader"]),
             seconds=time.perf_counter() - start,
         )
@@ -147,7 +160,7 @@ def _staged(job: Job, ref: SourceRef, patience: Patience) -> SourceRef:
     return ref if job.stage is None else patience.run(sources.stage, ref, job.stage, patience.beat)
 
 
-def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> SlidePlan | None:
+def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> Plan | None:
     """The plan that the store holds; its source must still have the content that was planned."""
     if not store.has_plan(job.plan.key):
         return None
@@ -155,10 +168,10 @@ def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Pati
     if _fingerprint(ref, fingerprint.startswith("full"), patience) != fingerprint:
         raise SourceError(ref.id, "its content has changed since it was planned", "add it under another id")
     geometry = store.read_plan(job.plan.key)
-    if ref.roi is not None and patience.run(plan.read_roi, ref).digest != geometry.roi:
-        raise SourceError(
-            ref.id, "its mask or list of tiles has changed since it was planned", "embed it into another archive"
-        )
+    roi = geometry.roi if isinstance(geometry, SlidePlan) else ""
+    if ref.roi is not None and patience.run(plan.read_roi, ref).digest != roi:
+        wrong = "its mask or list of tiles has changed since it was planned"
+        raise SourceError(ref.id, wrong, "embed it into another archive")
     return geometry
 
 
@@ -166,16 +179,34 @@ def _fingerprint(ref: SourceRef, full: bool, patience: Patience) -> str:
     return patience.run(sources.content_fingerprint, ref.path, full=full, source=ref.id, beat=patience.beat)
 
 
-def _plan_now(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> SlidePlan:
+def _plan_now(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> Plan:
     fingerprint = _fingerprint(ref, job.full_hash, patience)
     roi = patience.run(plan.read_roi, ref) if ref.roi is not None else None
-    slide = PatientSlide(patience.run(job.doors.open_slide, ref), patience)
+    opened = _open(job, ref, patience)
     try:
-        geometry = plan.plan_slide(slide, job.plan, ref.id, roi)
-        store.write_plan(geometry, _info(slide, ref, fingerprint))
+        geometry: Plan
+        match opened, job.plan:
+            case PatientSlide(), PlanSettings():
+                geometry = plan.plan_slide(opened, job.plan, ref.id, roi)
+            case PatientVolume(), VolumeSettings():
+                geometry = plan.plan_volume(opened, job.plan, ref.id)
+            case PatientImages(), ImageSettings():
+                geometry = plan.plan_images(opened, job.plan, Archive.open(job.archive).item_id)
+        store.write_plan(geometry, _info(opened, ref, fingerprint))
     finally:
-        slide.close()
+        opened.close()
     return geometry
+
+
+def _open(job: Job, ref: SourceRef, patience: Patience) -> PatientSlide | PatientVolume | PatientImages:
+    """The source, to be read with patience. Raises SourceError."""
+    match job.plan.kind:
+        case "slide":
+            return PatientSlide(patience.run(job.doors.open_slide, ref), patience)
+        case "volume":
+            return PatientVolume(patience.run(job.doors.open_volume, ref), patience)
+        case "images":
+            return PatientImages(patience.run(job.doors.open_images, ref), patience)
 
 
 def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
@@ -191,13 +222,19 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
         if store.acknowledged(shard):  # by a task whose answer was lost with its worker
             return ShardResult(shard=shard, seconds={}, pixels_read=0, pixels_covered=0)
         planned = _as_planned(_staged(job, ref, patience), str(store.info()["reader"]))
-        slide = PatientSlide(patience.run(job.doors.open_slide, planned), patience)
+        opened_source = _open(job, planned, patience)
+        known = {**provenance, "reader": opened_source.reader}
         try:
-            return stream.embed_shard(
-                shard, slide, store.read_plan(shard.plan), batcher, store, {**provenance, "reader": slide.reader}
-            )
+            match opened_source, store.read_plan(shard.plan):
+                case PatientSlide() as slide, SlidePlan() as geometry:
+                    return stream.embed_shard(shard, slide, geometry, batcher, store, known)
+                case PatientVolume() as volume, VolumePlan() as geometry:
+                    return stream.embed_sections(shard, volume, geometry, batcher.view, batcher, store, known)
+                case PatientImages() as images, ImagePlan() as geometry:
+                    return stream.embed_images(shard, images, geometry, batcher.view, batcher, store, known)
+            raise SourceError(ref.id, "its plan is one of another kind of source", "embed it into another archive")
         finally:
-            slide.close()
+            opened_source.close()
 
 
 def _as_planned(ref: SourceRef, reader: str) -> SourceRef:
@@ -219,14 +256,21 @@ def _progress() -> Callable[[str, int], None]:
     return lambda source, rows: worker.log_event(PROGRESS, [source, rows])
 
 
-def _info(slide: Slide, ref: SourceRef, fingerprint: str) -> Mapping[str, Any]:
-    """What the archive keeps of a slide, by allow-list."""
-    return {
-        **slide.metadata,
-        "kind": "slide",
+def _info(opened: PatientSlide | PatientVolume | PatientImages, ref: SourceRef, fingerprint: str) -> Mapping[str, Any]:
+    """What the archive keeps of a source, by allow-list."""
+    known: dict[str, Any] = {
+        **opened.metadata,
+        "kind": ref.kind,
         "fingerprint": fingerprint,
         "subject": ref.subject,
-        "mpp": slide.mpp,
-        "reader": slide.reader,
-        "levels": [[level.width, level.height, level.downsample] for level in slide.levels],
+        "reader": opened.reader,
     }
+    match opened:
+        case PatientSlide():
+            levels = [[level.width, level.height, level.downsample] for level in opened.levels]
+            return {**known, "mpp": opened.mpp, "levels": levels}
+        case PatientVolume():
+            spacing = np.linalg.norm(opened.affine[:3, :3], axis=0).tolist()
+            return {**known, "shape": list(opened.shape), "spacing": spacing, "units": opened.units}
+        case PatientImages():
+            return {**known, "images": len(opened.names)}

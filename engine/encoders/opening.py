@@ -23,7 +23,7 @@ from patchmill.encoders.session import CpuEncoder, release_freed_memory
 from patchmill.encoders.vit import Target
 from patchmill.encoders.weights import find, locate, sha256_of
 from patchmill.errors import EncoderError
-from patchmill.types import Encoder, EncoderSpec, EncodeSettings, PlanSettings, View
+from patchmill.types import Encoder, EncoderSpec, EncodeSettings, PlanSettings, Settings, View
 
 LARGE = 8 << 30  # bytes of fp32 weights: DINOv3 7B has 27 GB
 SHALLOW = 4  # blocks
@@ -74,8 +74,10 @@ def _tile(card: Card) -> str:
     return f"tiles of {tile} px" + (f" at {mpp:g} µm/px" if mpp is not None else "")
 
 
-def advice(settings: EncodeSettings, plan: PlanSettings) -> str:
-    """What is to be said where a plan's tiles are not those that the encoder's authors use; mostly nothing."""
+def advice(settings: EncodeSettings, plan: Settings) -> str:
+    """What is to be said where a slide's tiles are not those that the encoder's authors use; mostly nothing."""
+    if not isinstance(plan, PlanSettings):
+        return ""
     expects = card(settings.encoder).expects
     tile = expects.tile not in (None, plan.tile)
     mpp = expects.mpp is not None and not 0.9 < plan.mpp / expects.mpp < 1.1

@@ -2,7 +2,7 @@
 
 from patchmill.index.build import IndexReport, build_index
 from patchmill.index.choice import Choice, choose, recorded
-from patchmill.index.places import tile_at
+from patchmill.index.places import place_of, place_text, tile_at
 from patchmill.index.search import Exclusion, Found, Index, open_index
 from patchmill.index.vectors import good_vectors
 
@@ -16,6 +16,8 @@ __all__ = [
     "choose",
     "good_vectors",
     "open_index",
+    "place_of",
+    "place_text",
     "recorded",
     "tile_at",
 ]

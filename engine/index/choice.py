@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from patchmill.archive import Archive
 from patchmill.errors import ArchiveError, UsageError
-from patchmill.types import EncoderSpec, PlanSettings
+from patchmill.types import EncoderSpec, Settings
 
 __all__ = ["Choice", "choose", "recorded"]
 
@@ -74,7 +74,7 @@ def recorded(records: Mapping[str, Record], file: str, key: str) -> Record:
     return records[key]
 
 
-def _offer(pairs: Iterable[tuple[str, str]], plans: dict[str, PlanSettings], specs: dict[str, EncoderSpec]) -> str:
+def _offer(pairs: Iterable[tuple[str, str]], plans: dict[str, Settings], specs: dict[str, EncoderSpec]) -> str:
     """What may be chosen, as an advice in one line."""
     choices = (
         f"--plan {plan} --encoder {encoder} ({plans[plan].describe()}; "

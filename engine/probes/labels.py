@@ -8,7 +8,7 @@ from pathlib import Path
 from patchmill.archive import Archive
 from patchmill.errors import UsageError
 from patchmill.index import Choice, tile_at
-from patchmill.types import SlidePlan, SourceRef
+from patchmill.types import Plan, SourceRef
 
 __all__ = ["Label", "read_labels"]
 
@@ -25,10 +25,12 @@ class Label:
 
 
 def read_labels(path: Path, archive: Archive, choice: Choice) -> tuple[Label, ...]:
-    """The labels of a CSV with the columns `source` and `label`, and if wanted `row` or `x` and `y`, `split`, `group`.
+    """The labels of a CSV with the columns `source` and `label`, and if wanted a place, `split`, `group`.
 
-    `source` is an id, a name or a path; `x`, `y` are level-0 pixels and mean the tile that contains them; `split` is
-    train or test. Without a `group` column the group is the archive's subject, or the source where it has none.
+    `source` is an id, a name or a path. A place is `row`, or `x` and `y` in level-0 pixels of a slide, or `x`, `y`, `z`
+    in millimetres (RAS+) of a volume, which mean the tile that contains them, or `image`, its name in an image set.
+    `split` is train or test. Without a `group` column the group is the archive's subject, or the source where it has
+    none.
     Raises UsageError naming the line: unknown source, no such row, no tile at a place, missing column or value, a
     tile or source that is labelled twice.
     """
@@ -37,7 +39,7 @@ def read_labels(path: Path, archive: Archive, choice: Choice) -> tuple[Label, ..
     labels = []
     seen: dict[tuple[str, int | None], int] = {}
     refs: dict[str, SourceRef] = {}
-    plans: dict[str, SlidePlan] = {}
+    plans: dict[str, Plan] = {}
     for number, line in lines:
         where = f"{path.name} line {number}"
         text = _value(line, "source", where)
@@ -114,11 +116,11 @@ def _split(line: Mapping[str, str], where: str) -> str:
     return text
 
 
-def _row(line: Mapping[str, str], plan: SlidePlan, where: str) -> int:
+def _row(line: Mapping[str, str], plan: Plan, where: str) -> int:
     if "row" not in line:
-        x, y = _number(line, "x", where), _number(line, "y", where)
+        point = [_number(line, axis, where) for axis in ("x", "y", "z") if axis in line]
         try:
-            return tile_at(plan, x, y)
+            return tile_at(plan, point)
         except UsageError as error:
             raise UsageError(where, f"{error.where}: {error.wrong}", error.do) from error
     row = _number(line, "row", where)
@@ -135,7 +137,7 @@ def _lookup(archive: Archive, text: str, where: str) -> SourceRef:
         raise UsageError(where, f"{error.where}: {error.wrong}", error.do) from error
 
 
-def _plan(archive: Archive, source: str, choice: Choice, where: str) -> SlidePlan:
+def _plan(archive: Archive, source: str, choice: Choice, where: str) -> Plan:
     store = archive.source(source)
     if not store.has_plan(choice.plan):
         raise UsageError(where, f"source {source} has no plan {choice.plan}", "run patchmill embed on it first")

@@ -6,20 +6,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from patchmill.archive import Archive
 from patchmill.errors import SourceError, UsageError
-from patchmill.kernels import pack
+from patchmill.index import place_text
 from patchmill.query.query import Hit, QueryResult
-from patchmill.sources import open_slide
-from patchmill.types import Slide, SlidePlan
+from patchmill.query.tiles import SIDE, shrunk, tiles_of
 
 __all__ = ["draw_hits", "save_picture"]
 
-SIDE = 224  # pixels of a tile in the picture
 GAP = 20
 CAPTION = 48  # height of the two lines under a tile
 COLUMNS = 5
@@ -35,7 +31,7 @@ def draw_hits(archive: Archive, result: QueryResult, out: Path) -> None:
     """
     tiles = _tiles(archive, result)
     shown = [tiles.get(hit) for hit in result.hits]
-    query = _shrink(result.image) if result.image is not None else tiles.get(result.place)
+    query = shrunk(result.image) if result.image is not None else tiles.get(result.place)
     image = _sheet(result, query, shown)
     save_picture(image, out)
 
@@ -57,35 +53,16 @@ def save_picture(image: Image.Image, out: Path) -> None:
 def _tiles(archive: Archive, result: QueryResult) -> dict[Hit | None, Image.Image]:
     """The tiles that can be read; every source is opened once and closed."""
     tiles: dict[Hit | None, Image.Image] = {}
+    view = archive.encoders()[result.encoder].spec.view
     wanted = [*result.hits, *([result.place] if result.place else [])]
     for source in dict.fromkeys(hit.source for hit in wanted):
         plan = archive.source(source).read_plan(result.plan)
-        try:
-            slide = open_slide(archive.ref(source))
-        except SourceError:
-            continue
-        try:
+        with suppress(SourceError), tiles_of(archive, source, plan, view) as tile:
             for hit in wanted:
                 if hit.source == source:
                     with suppress(SourceError):  # this region alone may be damaged
-                        tiles[hit] = _shrink(read_tile(slide, plan, hit.row))
-        finally:
-            slide.close()
+                        tiles[hit] = tile(hit.row, result.point if hit is result.place else None)
     return tiles
-
-
-def read_tile(slide: Slide, plan: SlidePlan, row: int) -> UInt8[np.ndarray, "tile tile 3"]:
-    """The pixels of one tile of a plan, at the plan's mpp, read for itself alone. Raises SourceError."""
-    x, y = (math.ceil(value / plan.downsample - 1e-6) for value in plan.coords[row].tolist())
-    side = math.ceil(plan.extent - 1e-6)
-    tile: UInt8[np.ndarray, "tile tile 3"] = np.empty((plan.settings.tile, plan.settings.tile, 3), np.uint8)
-    pixels = slide.read(plan.level, x, y, side, side, plan.shrink)
-    pack(pixels[None], np.zeros((1, 1), np.int32), np.zeros((1, 2), np.int32), plan.extent, tile[None])
-    return tile
-
-
-def _shrink(tile: UInt8[np.ndarray, "h w 3"]) -> Image.Image:
-    return Image.fromarray(tile).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
 def _sheet(result: QueryResult, query: Image.Image | None, tiles: Sequence[Image.Image | None]) -> Image.Image:
@@ -124,4 +101,7 @@ def _cell(
 
 
 def _place(hit: Hit) -> str:
-    return f"{hit.source[:8]}  x {hit.x}, y {hit.y}"
+    place = hit.place
+    if "mm" in place:  # the slice is seen, and the line is short
+        return f"{hit.source[:8]}  {place['plane']} {place['slice']}: {', '.join(f'{mm:.0f}' for mm in place['mm'])} mm"
+    return f"{hit.source[:8]}  {place_text(place)}"

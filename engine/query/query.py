@@ -1,6 +1,7 @@
 """An image or a place in a source -> the tiles of the archive that look most like it."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from patchmill.archive import Archive
 from patchmill.encoders import open_encoder, resolve
 from patchmill.encoders.runtimes import RUNS
 from patchmill.errors import EncoderError, UsageError
-from patchmill.index import Exclusion, Index, open_index, recorded, tile_at
+from patchmill.index import Exclusion, Index, open_index, place_of, place_text, recorded, tile_at
 from patchmill.query.image import read_image
-from patchmill.types import VALID_GOOD, EncoderSpec, EncodeSettings, SlidePlan
+from patchmill.types import VALID_GOOD, EncoderSpec, EncodeSettings, ImagePlan, Plan, PlanSettings
 
 __all__ = ["Hit", "QueryResult", "query_image", "query_place"]
 
@@ -26,8 +27,7 @@ class Hit:
     source: str  # source id
     path: str  # the user's own; for the terminal alone, `QueryResult.as_dict` leaves it out
     row: int  # of the plan
-    x: int  # level-0 pixels of its top left corner
-    y: int
+    place: Mapping[str, Any] = field(hash=False)  # where it lies in its source; see `patchmill.index.place_of`
     score: float  # cosine, -1 to 1
 
 
@@ -46,6 +46,7 @@ class QueryResult:
     hits: tuple[Hit, ...]
     place: Hit | None  # the tile that was searched for, rank 0, where a place was asked for
     image: UInt8[np.ndarray, "h w 3"] | None  # the encoder's input, where an image was asked for
+    point: tuple[float, ...] | None = None  # the place that was asked for, as it was given
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -59,14 +60,17 @@ class QueryResult:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON-able values that name sources by id alone."""
-        hits = [{name: value for name, value in asdict(hit).items() if name != "path"} for hit in self.hits]
+        hits = [
+            {"rank": hit.rank, "source": hit.source, "row": hit.row, "score": hit.score, **hit.place}
+            for hit in self.hits
+        ]
         names = ("query", "index", "plan", "encoder", "encoder_name", "output", "untrained", "unindexed")
         return {**{name: getattr(self, name) for name in names}, "hits": hits, "notes": list(self.notes)}
 
     def text(self) -> str:
         """For the terminal; it names the user's files."""
         lines = [f"{self.query}, by {self.encoder_name} {self.output}, index {self.index}"]
-        lines += [f"{hit.rank:>4}  {hit.score:.4f}  {hit.path}  x {hit.x}, y {hit.y}" for hit in self.hits]
+        lines += [f"{hit.rank:>4}  {hit.score:.4f}  {hit.path}  {place_text(hit.place)}" for hit in self.hits]
         return "\n".join([*lines, *(() if self.hits else ("nothing else is in the index",)), *self.notes])
 
 
@@ -85,17 +89,19 @@ def query_image(
     vector = _embed(spec, pixels, weights)[opened.manifest.output]
     key = opened.manifest.plan
     plan = recorded(archive.plans(), f"plans/{key}.json", key)
-    query = f"an image, taken as {plan.tile} px at {plan.mpp:g} µm/px"
+    span = f" of {plan.tile} px at {plan.mpp:g} µm/px" if isinstance(plan, PlanSettings) else ""
+    query = f"an image, taken as one tile{span}"
     return _result(archive, opened, vector, k, query=query, image=pixels)
 
 
 def query_place(
-    archive: Archive, source: str, x: float, y: float, k: int = 10, *, index: str = "default"
+    archive: Archive, source: str, point: Sequence[float] | str, k: int = 10, *, index: str = "default"
 ) -> QueryResult:
     """The k tiles that look most like the one at a place; that tile itself is left out.
 
-    source: id, name or path. x, y: level-0 pixels. Of several tiles that contain the place, the one whose centre is
-    nearest is taken; its stored embedding is used, so no encoder is needed. Raises UsageError for an unknown source,
+    source: id, name or path. point: of a slide, x and y in level-0 pixels; of a volume, x, y, z in millimetres, RAS+;
+    of an image set, the number of an image, or its name. Of several tiles that contain the place, the one whose centre
+    is nearest is taken; its stored embedding is used, so no encoder is needed. Raises UsageError for an unknown source,
     a place without a tile, and a source without these embeddings; ArchiveError for a stale or damaged index.
     """
     ref = archive.lookup(source)
@@ -106,9 +112,9 @@ def query_place(
         raise UsageError(f"source {ref.id}", "it is not completely embedded as the index is", "run patchmill embed")
     plan = store.read_plan(manifest.plan)
     vectors, valid = store.read(manifest.plan, manifest.encoder, manifest.output)
-    row = tile_at(plan, x, y)
+    row = _named(archive, plan, point) if isinstance(point, str) else tile_at(plan, point)
     if valid[row] != VALID_GOOD:
-        raise UsageError(f"x={x:g}, y={y:g}", f"tile {row} there has no embedding", "choose another place")
+        raise UsageError("--at", f"tile {row} there has no embedding", "choose another place")
     place = _hit(0, ref.id, ref.path, row, plan, 1.0)
     return _result(
         archive,
@@ -116,9 +122,21 @@ def query_place(
         vectors[row : row + 1],
         k,
         exclude=(ref.id, row),
-        query=f"the tile at x {place.x}, y {place.y} of source {ref.id}",
+        query=f"the tile at {place_text(place.place)} of source {ref.id}",
         place=place,
+        point=None if isinstance(point, str) else tuple(point),
     )
+
+
+def _named(archive: Archive, plan: Plan, name: str) -> int:
+    """The row of an image by its name in the set."""
+    if not isinstance(plan, ImagePlan):
+        raise UsageError("--at", f"{name!r} is no place", "give numbers: X,Y of a slide, X,Y,Z of a volume")
+    item = np.frombuffer(bytes.fromhex(archive.item_id(name)), np.uint8)
+    (found,) = np.nonzero((plan.items == item).all(axis=1))
+    if not len(found):
+        raise UsageError("--at", f"the set has no image {name!r}", "name it as it lies in the folder or file")
+    return int(found[0])
 
 
 def _spec(archive: Archive, index: Index) -> EncoderSpec:
@@ -136,6 +154,9 @@ def _embed(
         untrained=int(spec.weights.removeprefix("untrained:")) if spec.untrained else None,
         precision=spec.precision,
         pixels=spec.view.pixels,
+        intensity=spec.view.intensity,
+        slab=spec.view.slab,
+        fit=spec.view.fit,
         runtime="cpu" if spec.precision in RUNS["cpu"] else "auto",  # a GPU would be opened longer than it works
     )
     found = resolve(settings)
@@ -161,6 +182,7 @@ def _result(
     exclude: Exclusion | None = None,
     place: Hit | None = None,
     image: UInt8[np.ndarray, "h w 3"] | None = None,
+    point: tuple[float, ...] | None = None,
 ) -> QueryResult:
     manifest = index.manifest
     spec = _spec(archive, index)
@@ -183,9 +205,9 @@ def _result(
         ),
         place=place,
         image=image,
+        point=point,
     )
 
 
-def _hit(rank: int, source: str, path: str, row: int, plan: SlidePlan, score: float) -> Hit:
-    x, y = (int(value) for value in plan.coords[row])
-    return Hit(rank=rank, source=source, path=path, row=row, x=x, y=y, score=score)
+def _hit(rank: int, source: str, path: str, row: int, plan: Plan, score: float) -> Hit:
+    return Hit(rank=rank, source=source, path=path, row=row, place=place_of(plan, row), score=score)

@@ -4,17 +4,26 @@ import csv
 import glob
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 
 from patchmill.errors import UsageError
+from patchmill.sources.dicomseries import SliceHeader, series_within
+from patchmill.sources.dicomseries import header_of as slice_header_of
 from patchmill.sources.omezarr import is_ome_zarr
 from patchmill.sources.series import Damaged, Header, header_of, levels_within
+from patchmill.sources.stacks import is_stack
+from patchmill.sources.zarrvolume import is_zarr_volume
+from patchmill.types import Kind
 
 __all__ = ["CatalogEntry", "find_sources"]
 
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".mha", ".mhd", ".nrrd", ".nhdr")  # .img goes with its .hdr
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+SET_SUFFIXES = (".npz", ".tar")
 SLIDE_SUFFIXES = frozenset(  # what OpenSlide opens and a folder is searched for; a file named by itself may have any
     {".bif", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu"}
 )
@@ -28,52 +37,133 @@ class CatalogEntry:
 
     name: str  # what the source's id is made from: the catalog's id, else the path relative to what was named
     path: str  # absolute
+    kind: Kind = "slide"
+    modality: str = ""  # as DICOM calls it: CT, MR, PT
     mpp: float | None = None  # micrometres per level-0 pixel that override the file's own
     patient: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_sources(paths: Sequence[str | os.PathLike[str]]) -> tuple[CatalogEntry, ...]:
+def find_sources(paths: Sequence[str | os.PathLike[str]], kind: Kind | None = None) -> tuple[CatalogEntry, ...]:
     """All sources that files, folders, globs and CSV catalogs name, sorted by name.
 
-    Folders are searched with their subfolders for the suffixes of slides and for OME-Zarr images. A catalog has a
-    column `path` (relative to its own folder), and may have `id`, `mpp`, `patient`; every other column is a label. A
-    file that is missing, empty or no slide, and a subfolder that cannot be read, is an entry all the same: opening it
+    kind: what they are; None goes by what is there. Folders are searched with their subfolders: for slides by their
+    suffixes and for OME-Zarr images, for volumes by their suffixes, for Zarr volumes and for DICOM series of CT, MR and
+    PET. A folder of pictures is an image set, or, as a volume, a stack of slices. A catalog has a column `path`
+    (relative to its own folder), and may have `id`, `mpp`, `patient`; every other column is a label. A file that is
+    missing, empty or of no known format, and a subfolder that cannot be read, is an entry all the same: opening it
     fails, and the others go on.
 
-    The files of a DICOM series in one folder are one source, which the first level file by name stands for, whichever
-    of them is named. Folders are searched for series of whole-slide images alone: a CT is passed over.
+    The files of a DICOM series in one folder are one source, which the first file by name stands for (of a slide, the
+    first level), whichever of them is named; a volume bears the series' UID as its name.
 
-    Raises UsageError: nothing there, a folder without slides or not readable, a catalog that is no catalog, two
-    sources of one name, one file named twice.
+    Raises UsageError: nothing there, a folder without sources or not readable, a catalog that is no catalog, two
+    sources of one name, one file named twice, slides and volumes in one run, pictures that may be either.
     """
     series_in.cache_clear()
+    volumes_in.cache_clear()
     found: list[CatalogEntry] = []
     for path in paths:
-        found.extend(entries_of(os.fspath(path)))
+        found.extend(entries_of(os.fspath(path), kind))
     if not found:
-        raise UsageError("SRC", "nothing is named", "name slides, folders, globs or a .csv catalog")
+        raise UsageError("SRC", "nothing is named", "name slides, volumes, folders, globs or a .csv catalog")
+    counts = Counter(each.kind for each in found)
+    if len(counts) > 1:
+        held = ", ".join(f"{count} of {NAMES[each]}" for each, count in sorted(counts.items()))
+        do = f"embed one kind at a time: --as {' or --as '.join(sorted(counts))}"
+        raise UsageError("SRC", f"it holds sources of several kinds: {held}", do)
     return distinct(found)
 
 
-def entries_of(src: str) -> Iterator[CatalogEntry]:
+NAMES: Mapping[Kind, str] = {"slide": "slides", "volume": "volumes", "images": "image sets"}
+
+
+def entries_of(src: str, kind: Kind | None) -> Iterator[CatalogEntry]:
     """The entries of one SRC."""
     path = Path(src)
-    if os.path.isdir(src):
-        if is_image(path):
-            yield entry(path.absolute().name, path.absolute())
-        else:
-            yield from folder(path, path, src)
-    elif path.suffix.lower() == ".csv":
-        yield from catalog(path)
-    elif os.path.lexists(src):
-        yield entry(path.name, path)
-    elif glob.has_magic(src):
-        yield from matches(src)
-    elif path.suffix:  # a slide that is missing fails by itself
-        yield entry(path.name, path)
+    if path.suffix.lower() == ".csv" and not os.path.isdir(src):
+        yield from catalog(path, kind)
+    elif glob.has_magic(src) and not os.path.lexists(src):
+        yield from matches(src, kind)
+    elif os.path.isdir(src):
+        yield from folder_entries(path, path.absolute().name, kind, src)
+    elif os.path.lexists(src) or path.suffix:  # what is missing fails by itself
+        yield from file_entries(path, path.name, kind)
     else:
         raise UsageError(src, "there is no such file or folder", "check the path")
+
+
+def folder_entries(path: Path, name: str, kind: Kind | None, src: str) -> Iterator[CatalogEntry]:
+    """The entries of a folder that is named by itself: the folder as one source, or what lies in it."""
+    if kind == "images":
+        yield plain(name, path.absolute(), "images")
+    elif kind in (None, "slide") and is_image(path):
+        yield entry(name, path.absolute())
+    elif (kind in (None, "volume") and is_zarr_volume(path)) or (kind == "volume" and is_stack(path)):
+        yield plain(name, path.absolute(), "volume")
+    else:
+        yield from folder(path, path, src, kind)
+
+
+def file_entries(path: Path, name: str, kind: Kind | None) -> Iterator[CatalogEntry]:
+    """The entries of a file, which may stand for a series."""
+    found = kind or kind_of(path)
+    if found == "volume":
+        yield volume_entry(path, name)
+    elif found == "images":
+        yield plain(name, path, "images")
+    else:
+        yield entry(name, path)
+
+
+def kind_of(path: Path) -> Kind:
+    """What a file is by its name, or by its header if it may be DICOM; all else is taken for a slide."""
+    name = path.name.lower()
+    if name.endswith(VOLUME_SUFFIXES):
+        return "volume"
+    if name.endswith(SET_SUFFIXES):
+        return "images"
+    return "volume" if may_be_dicom(path) and series_of(path) else "slide"
+
+
+def may_be_dicom(path: Path) -> bool:
+    """Whether a file can be one of a DICOM series by its name: many have none of their own."""
+    return path.suffix.lower() in ("", ".dcm", ".ima") or path.suffix[1:].isdigit()
+
+
+def series_of(path: Path) -> Sequence[SliceHeader]:
+    """The files of the DICOM volume that a file belongs to, none if it is no such file, or damaged."""
+    try:
+        header = slice_header_of(path)
+        return volumes_in(path.parent).get(header.series, ()) if header else ()
+    except (OSError, Damaged):
+        return ()
+
+
+@cache  # for one call of `find_sources`
+def volumes_in(folder: Path) -> Mapping[str, Sequence[SliceHeader]]:
+    """`series_within`."""
+    return series_within(folder)
+
+
+def volume_entry(path: Path, name: str) -> CatalogEntry:
+    """The entry of a volume: of a DICOM series by its UID, of any other file by its name."""
+    headers = series_of(path) if may_be_dicom(path) else ()
+    if not headers:
+        return plain(name, path, "volume")
+    return series_entry(headers)
+
+
+def series_entry(headers: Sequence[SliceHeader]) -> CatalogEntry:
+    """The entry of a DICOM volume."""
+    first = headers[0]
+    path = min(header.path for header in headers)
+    return CatalogEntry(name=first.series, path=os.path.abspath(path), kind="volume", modality=first.modality)
+
+
+def plain(name: str, path: Path, kind: Kind) -> CatalogEntry:
+    """An entry that stands for itself."""
+    return CatalogEntry(name=name, path=os.path.abspath(path), kind=kind)
 
 
 def entry(name: str, path: Path) -> CatalogEntry:
@@ -108,47 +198,82 @@ def series_in(folder: Path) -> Mapping[str, Sequence[Header]]:
     return levels_within(folder)
 
 
-def is_slide(path: Path) -> bool:
-    """Whether a file in a folder is a slide by its name; for DICOM, by its header, if that can be read."""
+def is_slide(path: Path) -> bool | None:
+    """Whether a file in a folder is a slide by its name; for DICOM by its header, None if that cannot be read."""
     suffix = path.suffix.lower()
     if suffix != DICOM:
         return suffix in SLIDE_SUFFIXES
     try:
         header = header_of(path)
-        return header.volume if header else not path.stat().st_size
+        return header.volume if header else None if not path.stat().st_size else False
     except (OSError, Damaged):
-        return True  # opening it fails: better told than passed over
+        return None
 
 
-def folder(top: Path, base: Path, src: str) -> Iterator[CatalogEntry]:
-    """The slides in a folder and its subfolders, named relative to `base`. src: what errors name."""
-
+def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[CatalogEntry]:
+    """The sources in a folder and its subfolders, named relative to `base`. src: what errors name."""
     locked: list[OSError] = []
-    empty = True
-    for here, folders, files in os.walk(top, onerror=locked.append):
+    found: list[CatalogEntry] = []
+    pictures: set[Path] = set()
+    unknown: list[Path] = []
+    for where, folders, files in os.walk(top, onerror=locked.append):
+        here = Path(where)
         companions = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
         folders[:] = [name for name in folders if name not in companions]  # an MRXS keeps its pixels in there
-        images = [name for name in folders if is_image(Path(here) / name)]
-        folders[:] = [name for name in folders if name not in images]
-        for name in images:
-            empty = False
-            yield entry((Path(here) / name).relative_to(base).as_posix(), Path(here) / name)
-        for name in files:
-            if is_slide(Path(here) / name):
-                empty = False
-                yield entry((Path(here) / name).relative_to(base).as_posix(), Path(here) / name)
+        for name in list(folders):
+            path, relative = here / name, (here / name).relative_to(base).as_posix()
+            if is_image(path):
+                folders.remove(name)
+                found += [entry(relative, path)] if kind in (None, "slide") else []
+            elif is_zarr_volume(path) or (kind == "volume" and is_stack(path)):
+                folders.remove(name)
+                found += [plain(relative, path, "volume")] if kind in (None, "volume") else []
+        if kind in (None, "slide"):
+            told = {here / name: is_slide(here / name) for name in files}
+            found += [entry(path.relative_to(base).as_posix(), path) for path, slide in told.items() if slide]
+            unknown += [path for path, slide in told.items() if slide is None]
+        if kind in (None, "volume"):
+            found += volumes(here, base, files, kind)
+        pictures |= {here for name in files if Path(name).suffix.lower() in PICTURE_SUFFIXES}
     for error in locked:
-        where = Path(error.filename or top)
-        if where == top:
+        where_locked = Path(error.filename or top)
+        if where_locked == top:
             wrong = f"the folder cannot be read ({type(error).__name__})"
-            raise UsageError(os.fspath(where), wrong, "make it readable") from error
-        empty = False
-        yield entry(where.relative_to(base).as_posix(), where)  # opening it fails, and the others go on
-    if empty:
-        raise UsageError(src, "no slide is in this folder", f"slides end in {', '.join(sorted(SLIDE_SUFFIXES))}")
+            raise UsageError(os.fspath(where_locked), wrong, "make it readable") from error
+        unknown.append(where_locked)
+    own = found[0].kind if found else kind or "slide"
+    for path in unknown:  # opening it fails, which is better told than passed over
+        found.append(plain(path.relative_to(base).as_posix(), path, own))
+    if not found and pictures and kind is None:
+        if any(is_stack(each) for each in pictures):
+            wrong = "its pictures are numbered, as slices of a volume are"
+            raise UsageError(src, wrong, "say --as volume or --as images")
+        yield plain(top.absolute().name, top.absolute(), "images")
+        return
+    if not found:
+        wanted = NAMES[kind] if kind else "slide and no volume"
+        known = ", ".join(sorted(SLIDE_SUFFIXES if kind == "slide" else [*SLIDE_SUFFIXES, *VOLUME_SUFFIXES]))
+        raise UsageError(src, f"no {wanted.removesuffix('s')} is in this folder", f"they end in {known}")
+    yield from found
 
 
-def matches(pattern: str) -> Iterator[CatalogEntry]:
+def volumes(here: Path, base: Path, files: Sequence[str], kind: Kind | None) -> Iterator[CatalogEntry]:
+    """The volumes among the files of one folder."""
+    for name in files:
+        path = here / name
+        suffixes = (*VOLUME_SUFFIXES, ".tif", ".tiff") if kind == "volume" else VOLUME_SUFFIXES
+        if name.lower().endswith(suffixes):
+            yield plain(path.relative_to(base).as_posix(), path, "volume")
+    if any(may_be_dicom(here / name) for name in files):
+        try:
+            series = volumes_in(here)
+        except OSError:  # its files fail by themselves where they are named
+            return
+        for headers in series.values():
+            yield series_entry(headers)
+
+
+def matches(pattern: str, kind: Kind | None) -> Iterator[CatalogEntry]:
     """The files and folders that a glob matches, named relative to its fixed part."""
     found = sorted(glob.glob(pattern, recursive=True))
     if not found:
@@ -159,17 +284,24 @@ def matches(pattern: str) -> Iterator[CatalogEntry]:
             break
         fixed.append(part)
     base = Path(*fixed)
+    known: set[str] = set()
     for match in map(Path, found):
-        if is_image(match):
-            yield entry(match.relative_to(base).as_posix(), match)
-        elif match.is_dir():
-            if "**" not in pattern:  # ** matches every folder and its files too
-                yield from folder(match, base, os.fspath(match))
+        name = match.relative_to(base).as_posix()
+        if not match.is_dir():
+            entries = file_entries(match, name, kind)
+        elif is_image(match) or is_zarr_volume(match) or kind == "images":
+            entries = folder_entries(match, name, kind, os.fspath(match))
+        elif "**" in pattern:  # which matches every folder and its files too
+            continue
         else:
-            yield entry(match.relative_to(base).as_posix(), match)
+            entries = folder(match, base, os.fspath(match), kind)
+        for each in entries:
+            if each.kind != "volume" or each.path not in known:  # any file of a series stands for it
+                known.add(each.path)
+                yield each
 
 
-def catalog(path: Path) -> Iterator[CatalogEntry]:
+def catalog(path: Path, kind: Kind | None) -> Iterator[CatalogEntry]:
     """The rows of a CSV catalog."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -188,10 +320,12 @@ def catalog(path: Path) -> Iterator[CatalogEntry]:
     if not rows:
         raise UsageError(str(path), "the catalog names no source", "add a line per slide")
     for line, row in rows:
-        yield described(path, line, row)
+        yield described(path, line, row, kind)
 
 
-def described(catalog: Path, line: int, row: Mapping[str | None, str | list[str] | None]) -> CatalogEntry:
+def described(
+    catalog: Path, line: int, row: Mapping[str | None, str | list[str] | None], kind: Kind | None
+) -> CatalogEntry:
     """The entry of one row of a catalog."""
     where = f"{catalog}, line {line}"
     cells: dict[str, str] = {}
@@ -202,13 +336,25 @@ def described(catalog: Path, line: int, row: Mapping[str | None, str | list[str]
     if not cells["path"]:
         raise UsageError(where, "the path is empty", "name a file")
     path = os.path.abspath(catalog.parent / cells["path"])  # as it is written, for the name
-    return CatalogEntry(
-        name=cells.get("id") or Path(os.path.relpath(path, catalog.parent)).as_posix(),
-        path=os.fspath(file_of(Path(path))),
+    own = cells.get("id") or Path(os.path.relpath(path, catalog.parent)).as_posix()
+    found = the_one(Path(path), own, kind)
+    return replace(
+        found,
+        name=cells.get("id") or (found.name if found.kind == "volume" else own),
         mpp=mpp_in(cells.get("mpp", ""), where),
         patient=cells.get("patient") or None,
         labels={column: cell for column, cell in cells.items() if column not in COLUMNS and cell},
     )
+
+
+def the_one(path: Path, name: str, kind: Kind | None) -> CatalogEntry:
+    """The source that a line of a catalog means; what is none, or several, fails by itself when it is opened."""
+    try:
+        found = list(folder_entries(path, name, kind, name) if path.is_dir() else file_entries(path, name, kind))
+    except UsageError:
+        found = []
+    same = len({each.path for each in found}) == 1  # several files may stand for one slide
+    return found[0] if same else plain(name, path, kind or "slide")
 
 
 def mpp_in(cell: str, where: str) -> float | None:

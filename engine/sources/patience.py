@@ -8,12 +8,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Float64, Int32, UInt8
 
 from patchmill.errors import TransientError
-from patchmill.types import Level, Slide
+from patchmill.types import Fit, ImageSet, Level, Slide, Volume
 
-__all__ = ["READ_TIMEOUT", "Patience", "PatientSlide", "beat"]
+__all__ = ["READ_TIMEOUT", "Patience", "PatientImages", "PatientSlide", "PatientVolume", "beat"]
 
 READ_TIMEOUT = 120.0  # seconds; NFS with its usual `hard` mount retries for ever
 Value = TypeVar("Value")
@@ -128,3 +128,54 @@ class PatientSlide:
     def close(self) -> None:
         """Release the file."""
         self._slide.close()
+
+
+class PatientVolume:
+    """A volume whose storage is waited for with patience. Satisfies `Volume`."""
+
+    def __init__(self, volume: Volume, patience: Patience) -> None:
+        self._volume, self._patience = volume, patience
+        self.reader: str = volume.reader
+        self.shape: tuple[int, int, int] = volume.shape
+        self.affine: Float64[np.ndarray, "4 4"] = volume.affine
+        self.chunk: tuple[int, int, int] = volume.chunk
+        self.dtype: np.dtype[Any] = volume.dtype
+        self.slope: float = volume.slope
+        self.intercept: float = volume.intercept
+        self.units: str = volume.units
+        self.metadata: Mapping[str, str | int | float] = volume.metadata
+
+    def read(self, start: tuple[int, int, int], stop: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+        """See `Volume`; raises TransientError if the storage does not answer."""
+        return self._patience.run(self._volume.read, start, stop)
+
+    def close(self) -> None:
+        """See `Volume`."""
+        self._volume.close()
+
+
+class PatientImages:
+    """An image set whose storage is waited for with patience. Satisfies `ImageSet`."""
+
+    def __init__(self, images: ImageSet, patience: Patience) -> None:
+        self._images, self._patience = images, patience
+        self.reader: str = images.reader
+        self.names: Sequence[str] = images.names
+        self.metadata: Mapping[str, str | int | float] = images.metadata
+
+    def fetch(self, numbers: Sequence[int]) -> Sequence[Any]:
+        """See `ImageSet`; raises TransientError if the storage does not answer."""
+        return self._patience.run(self._images.fetch, numbers)
+
+    def fetch_ahead(self, numbers: Sequence[int]) -> "Callable[[], Sequence[Any]]":
+        """Begin to fetch; what is returned waits for the end, and is `fetch` in all else."""
+        future = self._patience.start(self._images.fetch, numbers)
+        return lambda: self._patience.result(future)
+
+    def decode(self, fetched: Sequence[Any], fit: Fit, out: UInt8[np.ndarray, "n p p 3"]) -> Bool[np.ndarray, " n"]:
+        """See `ImageSet`."""
+        return self._images.decode(fetched, fit, out)
+
+    def close(self) -> None:
+        """See `ImageSet`."""
+        self._images.close()

@@ -17,7 +17,7 @@ from jaxtyping import Float32, UInt8
 
 from patchmill.errors import EncoderError, PatchmillError
 from patchmill.stream.clock import StageClock
-from patchmill.types import Batch, Encoder
+from patchmill.types import Batch, Encoder, View
 
 __all__ = ["Batcher", "OpenShard"]
 
@@ -134,6 +134,11 @@ class Batcher:
         for thread in self._threads:
             thread.join()
         self._encoder.close()
+
+    @property
+    def view(self) -> View:
+        """How tiles must look that are put in."""
+        return self._encoder.spec.view
 
     @property
     def failed(self) -> bool:

@@ -3,6 +3,7 @@
 from patchmill.types.common import VALID_GOOD, VALID_NOT_WRITTEN, VALID_REMOVED, VALID_UNREADABLE, fingerprint_of
 from patchmill.types.encoding import Encoder, EncoderSpec, EncodeSettings, Intensity, View
 from patchmill.types.plans import (
+    PLANE_AXES,
     PLANES,
     QUANTILES,
     Block,
@@ -20,6 +21,7 @@ from patchmill.types.streaming import Batch, Shard, ShardResult
 
 __all__ = [
     "PLANES",
+    "PLANE_AXES",
     "QUANTILES",
     "VALID_GOOD",
     "VALID_NOT_WRITTEN",

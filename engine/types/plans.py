@@ -12,6 +12,7 @@ from patchmill.types.sources import Kind
 
 __all__ = [
     "PLANES",
+    "PLANE_AXES",
     "QUANTILES",
     "Block",
     "ImagePlan",
@@ -25,6 +26,10 @@ __all__ = [
 ]
 
 PLANES = ("axial", "coronal", "sagittal")  # a tile's plane is stored as the number of its name here
+# The grid's axes (towards right, anterior, superior) that run across each of PLANES: along its normal, down its
+# picture's rows, along its columns. Rows and columns run backwards in all of them: down a picture is towards posterior
+# or inferior, and to the right of an axial or coronal one is the patient's left, of a sagittal one his back.
+PLANE_AXES = ((2, 1, 0), (1, 2, 0), (0, 2, 1))
 QUANTILES = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 
 
@@ -194,6 +199,7 @@ class VolumePlan:
     spacing: float  # millimetres per pixel of a plane
     sides: tuple[int, int, int]  # pixels per side of a tile in each of PLANES, 0 where there is none
     group: int  # neighbouring slices that are read together
+    block: int  # tiles per side that are read together
     coords: Int32[np.ndarray, "n 4"]  # number of the plane, slice of the grid, y, x of the top left corner in pixels
     tissue: UInt8[np.ndarray, " n"]  # fraction of the tile that is body, 0..255
     quantiles: tuple[float, ...]  # of the body's values, for each of QUANTILES
@@ -208,6 +214,32 @@ class VolumePlan:
     def rows(self) -> int:
         """Number of tiles."""
         return len(self.coords)
+
+    @property
+    def steps(self) -> tuple[float, float, float]:
+        """Millimetres from voxel to voxel towards right, anterior, superior."""
+        r, a, s = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return r, a, s
+
+    def on_plane(self, plane: int, point: Float64[np.ndarray, "*n 3"]) -> Float64[np.ndarray, "*n 3"]:
+        """Points in millimetres (RAS+) as slice, y, x of a plane: slices by their centres, pixels by their corners."""
+        inverse = np.linalg.inv(self.affine)
+        voxel = point @ inverse[:3, :3].T + inverse[:3, 3]
+        normal, down, along = PLANE_AXES[plane]
+        per_voxel = np.array(self.steps) / self.spacing
+        y, x = ((self.shape[axis] - 0.5 - voxel[..., axis]) * per_voxel[axis] for axis in (down, along))
+        return np.stack([voxel[..., normal], y, x], axis=-1)
+
+    def in_space(self, plane: int, place: Float64[np.ndarray, "*n 3"]) -> Float64[np.ndarray, "*n 3"]:
+        """The inverse of `on_plane`: slice, y, x as millimetres, RAS+."""
+        normal, down, along = PLANE_AXES[plane]
+        per_pixel = self.spacing / np.array(self.steps)
+        voxel = np.empty(np.shape(place), np.float64)
+        voxel[..., normal] = place[..., 0]
+        for axis, part in ((down, place[..., 1]), (along, place[..., 2])):
+            voxel[..., axis] = self.shape[axis] - 0.5 - part * per_pixel[axis]
+        found: Float64[np.ndarray, "*n 3"] = voxel @ self.affine[:3, :3].T + self.affine[:3, 3]
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,23 +38,23 @@ def test_tile_at_equals_its_definition(coords, x, y, ratio):
         if left <= x < left + side and top <= y < top + side
     ]
     if holding:
-        assert tile_at(plan, x, y) == min(holding)[1]
+        assert tile_at(plan, (x, y)) == min(holding)[1]
     else:
         with pytest.raises(UsageError, match="no tile contains this place"):
-            tile_at(plan, x, y)
+            tile_at(plan, (x, y))
 
 
 def test_the_nearest_tile_is_named():
     with pytest.raises(UsageError, match=r"row 1, spans x 100 to 116 and y 50 to 66"):
-        tile_at(plan_of([(0, 0), (100, 50)]), 120.0, 60.0)
+        tile_at(plan_of([(0, 0), (100, 50)]), (120.0, 60.0))
 
 
 def test_the_far_edge_belongs_to_the_next_tile():
     plan = plan_of([(0, 0), (16, 0)])
-    assert [tile_at(plan, x, 0.0) for x in (0.0, 15.9, 16.0, 31.0)] == [0, 0, 1, 1]
+    assert [tile_at(plan, (x, 0.0)) for x in (0.0, 15.9, 16.0, 31.0)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(("coords", "x"), [([], 0.0), ([(0, 0)], float("nan")), ([(0, 0)], float("inf"))])
 def test_no_tiles_and_no_place_are_refused(coords, x):
     with pytest.raises(UsageError):
-        tile_at(plan_of(coords), x, 0.0)
+        tile_at(plan_of(coords), (x, 0.0))

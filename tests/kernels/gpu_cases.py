@@ -10,6 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from patchmill.kernels import cpu, gpu, reference
+from patchmill.kernels.slices import axis_weights
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ratios = st.integers(1, 8) | st.floats(1, 8)
@@ -198,3 +199,100 @@ def test_tissue_fraction_of_no_tiles_is_empty():
 def test_tissue_fraction_refuses_tensors_of_another_kind(tissue, x, match):
     with pytest.raises(ValueError, match=match):
         gpu.tissue_fraction(tissue.to(DEVICE), 8.0, x.to(DEVICE), x.to(DEVICE, torch.float64), 20.0)
+
+
+def resliced(voxels, order, slices, rows, columns, window):
+    """The same tiles by Triton, numba and the definition; memory holds the axes in another order."""
+    shape = len(slices), len(rows[0]), len(rows[0]), 3
+    stored, back = np.ascontiguousarray(voxels.transpose(order)), np.argsort(order).tolist()
+    tiles = torch.full(shape, 7, dtype=torch.uint8, device=DEVICE)
+    gpu.reslice(on_device(stored).permute(back), torch.from_numpy(slices), rows, columns, *window, tiles)
+    numba, slow = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
+    cpu.reslice(stored.transpose(back), slices, rows, columns, *window, numba)
+    reference.reslice(voxels, slices, rows, columns, *window, slow)
+    return tiles.cpu().numpy(), numba, slow
+
+
+def resliced_alike(seed, shape, dtype, order, pixels, start, step):
+    rng = np.random.default_rng(seed)
+    voxels = rng.uniform(0 if dtype[0] == "u" else -200, 255, shape).astype(dtype)
+    slices = rng.integers(0, shape[0], (2, 3)).astype(np.int32)
+    rows, columns = axis_weights(shape[1], start, step, pixels), axis_weights(shape[2], shape[2] - start, -step, pixels)
+    window = rng.uniform(0.2, 1.5, 3).astype(np.float32), rng.uniform(-90, 90, 3).astype(np.float32)
+    tiles, numba, slow = resliced(voxels, order, slices, rows, columns, window)
+    assert np.abs(tiles.astype(int) - slow).max() <= 1
+    assert np.array_equal(tiles, numba)
+
+
+@given(
+    st.integers(0, 999), st.tuples(*[st.integers(1, 20)] * 3), st.sampled_from(["uint8", "int16", "uint16", "float32"]),
+    st.permutations([0, 1, 2]), st.integers(1, 7), st.floats(-5, 20), st.floats(0.3, 6),
+)  # fmt: skip
+@interpreted(max_examples=30)
+def test_reslice_equals_its_definition(seed, shape, dtype, order, pixels, start, step):
+    resliced_alike(seed, shape, dtype, order, pixels, start, step)
+
+
+@pytest.mark.parametrize(("pixels", "step"), [(87, 1), (90, 0.6), (86, 2.3)])
+def test_reslice_equals_its_definition_over_many_programs(pixels, step):
+    resliced_alike(0, (3, 100, 110), "int16", (0, 1, 2), pixels, -4, step)
+
+
+@pytest.mark.parametrize(("step", "pixels"), [(1.0, 8), (2.0, 4), (0.5, 16)])
+def test_reslice_takes_what_is_no_number_for_black(step, pixels):
+    voxels = np.full((1, 8, 8), 100, np.float32)
+    voxels[0, 0] = [np.nan, np.inf, -np.inf, 3e38, -3e38, 0.49, 0.5, 254.5]
+    table, slices = axis_weights(8, 0, step, pixels), np.zeros((1, 3), np.int32)
+    for gain, shift in [(1, 0), (3e38, -3e38)]:
+        window = np.full(3, gain, np.float32), np.full(3, shift, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # the interpreter computes with NumPy
+            tiles, numba, slow = resliced(voxels, (0, 1, 2), slices, table, table, window)
+        assert np.array_equal(tiles, numba)
+        assert np.array_equal(tiles, slow)
+
+
+def test_reslice_copies_voxels_and_rounds_ties_up():
+    voxels = np.arange(32, dtype=np.uint8).reshape(2, 4, 4)
+    slices, plain = np.array([[1, 0, 1]], np.int32), (np.ones(3, np.float32), np.zeros(3, np.float32))
+    one, two = axis_weights(4, 0, 1, 4), axis_weights(4, 4, -2, 2)
+    assert np.array_equal(resliced(voxels, (2, 0, 1), slices, one, one, plain)[0][0, :, :, 1], voxels[0])
+    assert resliced(voxels, (0, 1, 2), slices, two, two, plain)[0][0, :, :, 0].tolist() == [[29, 27], [21, 19]]
+
+
+def slice_arguments(**changed):
+    usual = {
+        "voxels": torch.zeros((2, 8, 9), dtype=torch.int16, device=DEVICE),
+        "slices": torch.zeros((1, 3), dtype=torch.int32),
+        "rows": axis_weights(8, 0, 1, 8),
+        "columns": axis_weights(9, 0, 1, 8),
+        "gain": np.ones(3, np.float32),
+        "offset": np.zeros(3, np.float32),
+        "out": torch.zeros((1, 8, 8, 3), dtype=torch.uint8, device=DEVICE),
+    }
+    return usual | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"voxels": torch.zeros((2, 8, 9), dtype=torch.int32, device=DEVICE)}, "no volume"),
+        ({"voxels": torch.zeros((2, 8, 9), dtype=torch.int16, device="meta")}, "on meta"),
+        ({"slices": torch.full((1, 3), 2, dtype=torch.int32)}, "of 2 slices"),
+        ({"slices": torch.zeros((1, 3), dtype=torch.int64)}, "not torch.int32"),
+        ({"rows": axis_weights(9, 0, 1, 9)}, "none of 8 pixels"),
+        ({"columns": axis_weights(10, 2, 1, 8)}, "outside of 9"),
+        ({"gain": np.full(3, np.nan, np.float32)}, "no finite float32"),
+        ({"out": torch.zeros((1, 8, 16, 3), dtype=torch.uint8, device=DEVICE)[:, :, ::2]}, "no contiguous uint8"),
+        ({"out": torch.zeros((1, 8, 8, 3), dtype=torch.int8, device=DEVICE)}, "not torch.uint8"),
+        ({"out": torch.zeros((2, 8, 8, 3), dtype=torch.uint8, device=DEVICE)}, "do not fit"),
+    ],
+)
+def test_reslice_refuses_what_would_leave_the_arrays(changed, match):
+    gpu.reslice(**slice_arguments())
+    with pytest.raises(ValueError, match=match):
+        gpu.reslice(**slice_arguments(**changed))
+
+
+def test_reslice_of_no_tiles_does_nothing():
+    none = torch.zeros((0, 8, 8, 3), dtype=torch.uint8, device=DEVICE)
+    gpu.reslice(**slice_arguments(slices=torch.zeros((0, 3), dtype=torch.int32), out=none))

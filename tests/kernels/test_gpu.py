@@ -43,6 +43,11 @@ SIGNATURES = {  # a kernel's name, the types of its arguments, its constants
         "*u8 *i32 *i32 *i32 *fp32 *u8 fp32 i32 i32 i32 i32",
         {"taps": 3, "rows": 4, "lanes": 256},
     ),
+    "reslice": (
+        "_reslice",
+        "*i16 *i32 *i64 *fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 *u8 i32 i32 i32 i32 i32 i32 i32 i32",
+        {"rows": 4, "lanes": 256},
+    ),
     "counts": ("_sum", "*u8 *fp32 i32 i32", {"lanes": 256}),
     "sums": ("_sum", "*fp64 *fp64 i32 i32", {"lanes": 256}),
     "down": ("_grow", "*fp32 *i64 *fp64 *fp64 *fp64 i32 i32", {"lanes": 256}),

@@ -17,7 +17,7 @@ from patchmill.errors import SourceError, UsageError
 from patchmill.kernels import pack
 from patchmill.plan import Roi, blocks, plan_slide
 from patchmill.plan.roi import fill, mask_in, tiles_in
-from patchmill.query.picture import read_tile
+from patchmill.query.tiles import read_tile
 from patchmill.sources import Patience, PatientSlide
 from patchmill.stream.clock import StageClock
 from patchmill.stream.mosaic import Mosaic

@@ -10,7 +10,7 @@ from patchmill.archive import Archive, SourceEntry
 from patchmill.encoders import open_encoder
 from patchmill.errors import EncoderError, SourceError, UsageError
 from patchmill.index import build_index
-from patchmill.query import draw_hits, picture, query, query_image, query_place
+from patchmill.query import draw_hits, picture, query, query_image, query_place, tiles
 from patchmill.testing.archives import plan_of, store_vectors
 from patchmill.testing.slides import ArraySlide
 from patchmill.types import EncodeSettings, PlanSettings
@@ -57,7 +57,7 @@ def readable(monkeypatch, slides):
             raise SourceError(ref.id, "the file is missing", "bring it back")
         return ArraySlide(there[ref.path])
 
-    monkeypatch.setattr(picture, "open_slide", open_slide)
+    monkeypatch.setattr(tiles, "open_slide", open_slide)
     return there
 
 
@@ -71,41 +71,41 @@ def tile_of(slides, tmp_path, name, row):
 def test_an_image_finds_the_tile_that_it_was_cut_from(archive, slides, tmp_path):
     result = query_image(archive, tile_of(slides, tmp_path, "b", 6), 3)
     first = result.hits[0]
-    assert (first.rank, first.source, first.row, first.x, first.y) == (1, archive.source_id("b.svs"), 6, 64, 32)
+    assert (first.rank, first.source, first.row, first.place) == (1, archive.source_id("b.svs"), 6, {"x": 64, "y": 32})
     assert first.score == pytest.approx(1, abs=1e-3)
     assert [hit.rank for hit in result.hits] == [1, 2, 3]
     assert sorted((hit.score for hit in result.hits), reverse=True) == [hit.score for hit in result.hits]
-    assert result.query == "an image, taken as 32 px at 0.5 µm/px"
+    assert result.query == "an image, taken as one tile of 32 px at 0.5 µm/px"
 
 
 def test_a_place_finds_others_and_never_itself(archive):
-    result = query_place(archive, "a.svs", 40.0, 40.0, 99)
-    assert (result.place.row, result.place.x, result.place.y) == (5, 32, 32)
+    result = query_place(archive, "a.svs", (40.0, 40.0), 99)
+    assert (result.place.row, result.place.place) == (5, {"x": 32, "y": 32})
     own = archive.source_id("a.svs")
     assert len(result.hits) == 2 * len(COORDS) - 2 - 1  # without the unreadable ones and itself
     assert not any((hit.source, hit.row) == (own, 5) for hit in result.hits)
     assert result.query == f"the tile at x 32, y 32 of source {own}"
     for text in (own, own[:8], "/slides/a.svs"):
-        assert query_place(archive, text, 40.0, 40.0, 1).hits == result.hits[:1]
+        assert query_place(archive, text, (40.0, 40.0), 1).hits == result.hits[:1]
 
 
 def test_of_overlapping_tiles_the_one_with_the_nearest_centre_is_taken(archive):
-    assert [query_place(archive, "a.svs", x, 0.0, 1).place.row for x in (79.0, 87.0, 89.0)] == [2, 2, 3]
+    assert [query_place(archive, "a.svs", (x, 0.0), 1).place.row for x in (79.0, 87.0, 89.0)] == [2, 2, 3]
 
 
 def test_bad_places_are_refused(archive):
     with pytest.raises(UsageError, match="the nearest, row 3, spans x 80 to 112 and y 0 to 32"):
-        query_place(archive, "a.svs", 500.0, 2.0)
+        query_place(archive, "a.svs", (500.0, 2.0))
     with pytest.raises(UsageError, match="tile 8 there has no embedding"):
-        query_place(archive, "a.svs", 5.0, 70.0)
+        query_place(archive, "a.svs", (5.0, 70.0))
     with pytest.raises(UsageError, match="nowhere"):
-        query_place(archive, "nowhere.svs", 5.0, 5.0)
+        query_place(archive, "nowhere.svs", (5.0, 5.0))
     with pytest.raises(UsageError, match="there is no such index"):
-        query_place(archive, "a.svs", 5.0, 5.0, index="other")
+        query_place(archive, "a.svs", (5.0, 5.0), index="other")
 
 
 def test_results_say_that_the_encoder_is_untrained_and_keep_paths_for_the_terminal(archive):
-    result = query_place(archive, "a.svs", 40.0, 40.0, 2)
+    result = query_place(archive, "a.svs", (40.0, 40.0), 2)
     assert result.untrained
     assert "untrained" in result.text()
     assert "/slides/" in result.text()
@@ -128,7 +128,7 @@ def test_other_weights_are_refused(archive, slides, tmp_path, monkeypatch, encod
 
 
 def test_the_picture_shows_the_query_and_the_hits(archive, readable, slides, tmp_path):
-    result = query_place(archive, "a.svs", 40.0, 40.0, 7)
+    result = query_place(archive, "a.svs", (40.0, 40.0), 7)
     draw_hits(archive, result, tmp_path / "hits.png")
     image = np.asarray(Image.open(tmp_path / "hits.png"))
     side, left = picture.SIDE, picture.GAP + picture.SIDE + 2 * picture.GAP
@@ -137,7 +137,7 @@ def test_the_picture_shows_the_query_and_the_hits(archive, readable, slides, tmp
         for i in range(7)
     ]
     for hit, (x, y) in zip([result.place, *result.hits], corners, strict=True):
-        tile = slides[hit.path][hit.y : hit.y + TILE, hit.x : hit.x + TILE]
+        tile = slides[hit.path][hit.place["y"] : hit.place["y"] + TILE, hit.place["x"] : hit.place["x"] + TILE]
         shown = Image.fromarray(tile).resize((side, side), Image.Resampling.LANCZOS)
         np.testing.assert_array_equal(image[y : y + side, x : x + side], np.asarray(shown))
     assert [path.name for path in tmp_path.iterdir()] == ["hits.png"]
@@ -153,24 +153,24 @@ def test_a_file_that_has_moved_is_a_grey_tile(archive, readable, slides, tmp_pat
 
 
 def test_a_damaged_region_costs_its_tile_alone(archive, readable, slides, tmp_path, monkeypatch):
-    result = query_place(archive, "a.svs", 40.0, 40.0, 4)
-    read = picture.read_tile
+    result = query_place(archive, "a.svs", (40.0, 40.0), 4)
+    read = tiles.read_tile
 
     def damaged(slide, plan, row):
         if row == result.hits[1].row:
             raise SourceError("a", "undecodable", "copy it again")
         return read(slide, plan, row)
 
-    monkeypatch.setattr(picture, "read_tile", damaged)
+    monkeypatch.setattr(tiles, "read_tile", damaged)
     draw_hits(archive, result, tmp_path / "hits.png")
     image = np.asarray(Image.open(tmp_path / "hits.png"))
     left, step = picture.GAP + picture.SIDE + 2 * picture.GAP, picture.SIDE + picture.GAP
-    tiles = [image[picture.HEAD : picture.HEAD + 9, left + i * step : left + i * step + 9] for i in range(4)]
-    assert [bool((tile == 0xB5).all()) for tile in tiles] == [hit.row == result.hits[1].row for hit in result.hits]
+    shown = [image[picture.HEAD : picture.HEAD + 9, left + i * step : left + i * step + 9] for i in range(4)]
+    assert [bool((tile == 0xB5).all()) for tile in shown] == [hit.row == result.hits[1].row for hit in result.hits]
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(archive, readable, tmp_path):
-    result = query_place(archive, "a.svs", 40.0, 40.0, 1)
+    result = query_place(archive, "a.svs", (40.0, 40.0), 1)
     (tmp_path / "folder").mkdir()
     for out in (tmp_path / "folder", tmp_path / "missing" / "hits.png"):
         with pytest.raises(UsageError, match=r"cannot be written|ends in \.png"):
@@ -184,4 +184,4 @@ def test_a_tile_is_read_as_the_plan_says():
     plan = replace(plan_of(np.array([(32, 64)]), PlanSettings(tile=16), downsample=2.0), level=1, ratio=2.0)
     half = slide.read(1, 16, 32, 32, 32).astype(float)
     expected = half.reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))
-    assert np.abs(picture.read_tile(slide, plan, 0) - expected).max() <= 0.5
+    assert np.abs(tiles.read_tile(slide, plan, 0) - expected).max() <= 0.5

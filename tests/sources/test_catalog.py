@@ -2,6 +2,7 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from patchmill.errors import UsageError
 from patchmill.sources import catalog, find_sources
@@ -26,8 +27,8 @@ def archive(tmp_path):
     return tmp_path / "slides"
 
 
-def names(*paths):
-    return [entry.name for entry in find_sources(paths)]
+def names(*paths, kind=None):
+    return [entry.name for entry in find_sources(paths, kind)]
 
 
 def write(path, text, encoding="utf-8"):
@@ -35,9 +36,9 @@ def write(path, text, encoding="utf-8"):
     return path
 
 
-def refusal(*paths):
+def refusal(*paths, kind=None):
     with pytest.raises(UsageError) as caught:
-        find_sources(paths)
+        find_sources(paths, kind)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -139,7 +140,7 @@ def test_nothing_there(tmp_path):
 
 def test_a_folder_without_slides(tmp_path):
     (tmp_path / "notes.txt").touch()
-    assert "no slide is in this folder" in refusal(tmp_path)
+    assert "no slide and no volume is in this folder" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("locked", ["deep", "."])
@@ -200,8 +201,12 @@ def picture(height, width):
 
 def test_a_dicom_series_is_one_source(dicom):
     expected = ["case1/b-fine.dcm", "pair/1.2.8.0.dcm", "pair/1.2.9.0.dcm"]
-    assert names(dicom) == expected
-    assert names(f"{dicom}/**/*") == [*expected[:1], "ct/ct1.dcm", *expected[1:]]  # whoever names a file means it
+    assert names(dicom, kind="slide") == expected
+    assert names(f"{dicom}/**/*", kind="slide") == [
+        *expected[:1],
+        "ct/ct1.dcm",
+        *expected[1:],
+    ]  # whoever names a file means it
     assert names(dicom / "case1") == ["b-fine.dcm"]
 
 
@@ -231,8 +236,48 @@ def test_a_catalog_names_a_series_by_a_file_or_its_folder(dicom):
 
 
 def test_a_folder_of_other_dicom_objects_holds_no_slide(dicom):
-    assert "no slide is in this folder" in refusal(dicom / "ct")
-    assert names(dicom / "ct" / "ct1.dcm") == ["ct1.dcm"]
+    assert "no slide is in this folder" in refusal(dicom / "ct", kind="slide")
+    assert names(dicom / "ct" / "ct1.dcm", kind="slide") == ["ct1.dcm"]
+
+
+def test_slides_and_volumes_are_told_apart_and_never_mixed(dicom):
+    text = refusal(dicom)
+    assert "several kinds: " in text
+    assert "--as slide or --as volume" in text
+    (ct,) = find_sources([dicom], kind="volume")
+    assert find_sources([dicom / "ct"]) == find_sources([dicom / "ct" / "ct1.dcm"]) == (ct,)
+    assert (ct.kind, ct.modality, ct.path) == ("volume", "CT", str(dicom / "ct" / "ct1.dcm"))
+    assert set(ct.name) <= set("0123456789.")
+
+
+def test_volumes_by_their_names(tmp_path):
+    for name in ("a.nii.gz", "b.NII", "c.mha", "d.nrrd", "e.hdr", "e.img", "deep/f.nhdr"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_sources([tmp_path])
+    assert [entry.name for entry in found] == ["a.nii.gz", "b.NII", "c.mha", "d.nrrd", "deep/f.nhdr", "e.hdr"]
+    assert {entry.kind for entry in found} == {"volume"}
+    (tmp_path / "g.svs").touch()
+    assert "1 of slides, 6 of volumes" in refusal(tmp_path)
+
+
+def test_pictures_are_an_image_set_or_the_slices_of_a_volume(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        for number in "one", "two":
+            (tmp_path / name / f"{number}.png").touch()
+    (entry,) = find_sources([tmp_path])
+    assert (entry.kind, entry.name, entry.path) == ("images", tmp_path.name, str(tmp_path))
+    for number in range(3):
+        Image.new("L", (4, 4)).save(tmp_path / "dogs" / f"slice{number}.png")
+    (tmp_path / "dogs" / "one.png").unlink()
+    (tmp_path / "dogs" / "two.png").unlink()
+    assert "say --as volume or --as images" in refusal(tmp_path)
+    assert [entry.kind for entry in find_sources([tmp_path], kind="images")] == ["images"]
+    assert names(tmp_path, kind="volume") == ["dogs"]
+    assert names(tmp_path / "dogs", kind="volume") == ["dogs"]
+    (tmp_path / "set.npz").touch()
+    assert find_sources([tmp_path / "set.npz"])[0].kind == "images"
 
 
 def test_dicom_files_that_cannot_be_told_are_entries_that_will_fail(dicom, monkeypatch):
@@ -240,7 +285,10 @@ def test_dicom_files_that_cannot_be_told_are_entries_that_will_fail(dicom, monke
     (dicom / "ct" / "text.dcm").write_text("no DICOM at all")
     damaged = (dicom / "case1" / "b-fine.dcm").read_bytes()[:500]
     (dicom / "ct" / "damaged.dcm").write_bytes(damaged)
-    assert names(dicom / "ct") == ["damaged.dcm", "empty.dcm"]
+    found = {entry.name: entry.kind for entry in find_sources([dicom / "ct"])}
+    assert set(found.values()) == {"volume"}  # as what lies beside them
+    assert {"damaged.dcm", "empty.dcm"} < set(found)
+    assert names(dicom / "ct", kind="slide") == ["damaged.dcm", "empty.dcm"]
 
 
 def test_a_folder_of_many_series_is_searched_once(dicom, monkeypatch):

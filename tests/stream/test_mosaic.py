@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from patchmill.kernels import pack
 from patchmill.plan import blocks, plan_slide
-from patchmill.query.picture import read_tile
+from patchmill.query.tiles import read_tile
 from patchmill.sources import Patience, PatientSlide
 from patchmill.stream import mosaic as module
 from patchmill.stream.clock import StageClock

@@ -10,7 +10,7 @@ from patchmill.benchmarks.ingest import write
 from patchmill.benchmarks.inputs import histology
 from patchmill.encoders import open_encoder
 from patchmill.plan import plan_slide
-from patchmill.query.picture import read_tile
+from patchmill.query.tiles import read_tile
 from patchmill.sources import open_slide
 from patchmill.types import EncodeSettings, PlanSettings, SourceRef
 

@@ -1,0 +1,74 @@
+"""From the options that a user gave to the settings of a run: which of them there are depends on what is embedded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from patchmill.encoders import USUAL, intensity_of, presets
+from patchmill.errors import UsageError
+from patchmill.sources import CatalogEntry
+from patchmill.types import EncodeSettings, Fit, ImageSettings, Kind, PlanSettings, Settings, VolumeSettings
+
+__all__ = ["encode_for", "settings_for"]
+
+SETTINGS: Mapping[Kind, type[PlanSettings] | type[VolumeSettings] | type[ImageSettings]] = {
+    "slide": PlanSettings,
+    "volume": VolumeSettings,
+    "images": ImageSettings,
+}
+NAMES: Mapping[Kind, str] = {"slide": "slides", "volume": "volumes", "images": "image sets"}
+
+
+def settings_for(kind: Kind, options: Mapping[str, Any]) -> Settings:
+    """The settings of a plan from options that may be of any kind of source; those of None were not given.
+
+    Raises UsageError for an option that this kind of source does not have.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    known = {each: {field.name for field in fields(SETTINGS[each])} for each in SETTINGS}
+    for name in given:
+        if name not in known[kind]:
+            others = " and ".join(NAMES[each] for each in SETTINGS if name in known[each])
+            option = "--decode" if name == "scaled" else f"--{name.replace('_', '-')}"
+            raise UsageError(option, f"it is for {others}, and these are {NAMES[kind]}", "leave it out")
+    return SETTINGS[kind](**given)
+
+
+def encode_for(
+    encode: EncodeSettings,
+    entries: Sequence[CatalogEntry],
+    *,
+    intensity: str | None = None,
+    window: str | None = None,
+    slab: int | None = None,
+    fit: Fit | None = None,
+) -> tuple[EncodeSettings, str]:
+    """The settings with the view that these sources ask for, and what is to be said of it; mostly nothing.
+
+    intensity, window: as for `patchmill.encoders.intensity_of`; where neither is given the modality that all volumes
+    name decides. Raises UsageError where that is none or several, and for what these sources have no use for.
+    """
+    kind = entries[0].kind
+    wanted: Mapping[Kind, Mapping[str, object]] = {
+        "volume": {"--intensity": intensity, "--window": window, "--slab": slab},
+        "images": {"--fit": fit},
+    }
+    for other, options in wanted.items():
+        for option, value in options.items():
+            if value is not None and kind != other:
+                raise UsageError(option, f"it is for {NAMES[other]}, and these are {NAMES[kind]}", "leave it out")
+    if kind == "images":
+        return replace(encode, fit=fit or encode.fit or "pad"), ""
+    if kind == "slide":
+        return encode, ""
+    asked = intensity_of(intensity, window) or encode.intensity
+    said = ""
+    if asked is None:
+        modalities = sorted({entry.modality for entry in entries})
+        name = USUAL.get(modalities[0]) if len(modalities) == 1 else None
+        if name is None:
+            found = ", ".join(each or "unknown" for each in modalities)
+            wrong = f"nothing says how values become grey levels (modality: {found})"
+            raise UsageError("--intensity", wrong, f"use {', '.join(presets())}, or --window LOW,HIGH")
+        asked, said = presets()[name], f"intensities {name}, since the modality is {modalities[0]}"
+    return replace(encode, intensity=asked, slab=slab or encode.slab), said

@@ -1,0 +1,473 @@
+"""DICOM volumes: which files are the slices of a series, and the grid that they lie on. Reads headers, never pixels.
+
+Taken are CT, MR and PET, with a file for each slice or as enhanced multi-frame images. Sources: DICOM PS3.3, C.7.6.2
+(image plane), C.7.6.16 (functional groups), C.8.9 (PET). Only the tags named below are looked at: of the patient the
+weight alone, for SUV. Objects of other classes are told by the first bytes of the file.
+"""
+
+import io
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from patchmill.errors import SourceError, TransientError
+from patchmill.sources.files import failure
+from patchmill.sources.series import PIXELS, UID, Damaged, items, printable, raw, read_until, value
+
+__all__ = ["Plane", "SliceHeader", "Stack", "Tracer", "header_of", "series_of", "series_within", "stack_of"]
+
+ROOT = "1.2.840.10008.5.1.4.1.1."  # classes of objects: plain, enhanced, and legacy made enhanced
+MODALITIES = {"CT": ("2", "2.1", "2.2"), "MR": ("4", "4.1", "4.4"), "PT": ("128", "130", "128.1")}
+CLASSES = {ROOT + tail: modality for modality, tails in MODALITIES.items() for tail in tails}
+ANY_CLASS = re.compile("|".join(f"{re.escape(each)}(?![0-9.])" for each in CLASSES).encode())
+TAG = {
+    "ImageType": 0x0008_0008,
+    "SOPClassUID": 0x0008_0016,
+    "SOPInstanceUID": 0x0008_0018,
+    "SeriesDate": 0x0008_0021,
+    "AcquisitionDate": 0x0008_0022,
+    "SeriesTime": 0x0008_0031,
+    "AcquisitionTime": 0x0008_0032,
+    "PatientWeight": 0x0010_1030,
+    "SliceThickness": 0x0018_0050,
+    "SpacingBetweenSlices": 0x0018_0088,
+    "ConvolutionKernel": 0x0018_1210,
+    "SeriesInstanceUID": 0x0020_000E,
+    "ImagePositionPatient": 0x0020_0032,
+    "ImageOrientationPatient": 0x0020_0037,
+    "SamplesPerPixel": 0x0028_0002,
+    "PhotometricInterpretation": 0x0028_0004,
+    "NumberOfFrames": 0x0028_0008,
+    "Rows": 0x0028_0010,
+    "Columns": 0x0028_0011,
+    "PixelSpacing": 0x0028_0030,
+    "CorrectedImage": 0x0028_0051,
+    "BitsAllocated": 0x0028_0100,
+    "BitsStored": 0x0028_0101,
+    "HighBit": 0x0028_0102,
+    "PixelRepresentation": 0x0028_0103,
+    "RescaleIntercept": 0x0028_1052,
+    "RescaleSlope": 0x0028_1053,
+    "RescaleType": 0x0028_1054,
+    "RadiopharmaceuticalInformationSequence": 0x0054_0016,
+    "Units": 0x0054_1001,
+    "SUVType": 0x0054_1006,
+    "DecayCorrection": 0x0054_1102,
+    "SharedFunctionalGroupsSequence": 0x5200_9229,
+    "PerFrameFunctionalGroupsSequence": 0x5200_9230,
+}
+POSITION, ORIENTATION, MEASURES, TRANSFORMATION = 0x0020_9113, 0x0020_9116, 0x0028_9110, 0x0028_9145  # of a frame
+START_TIME, TOTAL_DOSE, HALF_LIFE, START_DATE_TIME = 0x0018_1072, 0x0018_1074, 0x0018_1075, 0x0018_1078
+HEAD = 8192  # bytes of a file among which its class is told
+MOST_HEADER = 64 << 20  # bytes of a header that are read; 10,000 frames take 10 MB
+MOST_FRAMES = 1 << 16  # of a file; more is damage
+MOST_NUMBER = 1e15  # no length, dose or slope is larger, and the squares of what is smaller are finite
+
+COSINE = 1e-3  # most by which a direction's cosines may differ; a voxel at the edge of 512 then moves by half a voxel
+SAME_SPACING = 1e-3  # most by which spacing within the slices may differ, as a fraction
+SAME_PLACE = 0.01  # of the spacing within a slice: nearer slices are two images of one place
+SIDEWAYS = 0.01  # of a step: more in-plane shift from slice to slice is a tilted gantry, or a jump of the table
+UNEVEN = 0.05  # of the median step; beds of PET are joined with steps that differ by some 2 %
+ASTRAY = 0.25  # of the median step: further from the regular grid a voxel would be nearer to its neighbour's place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plane:
+    """Where one frame lies and what its values mean. What is not told is empty, what is no number is NaN."""
+
+    number: int  # of the frame within its file, from 0
+    position: tuple[float, ...]  # x, y, z of the first pixel's centre in mm, LPS
+    orientation: tuple[float, ...]  # cosines of the directions in which columns and rows are counted up, LPS
+    spacing: tuple[float, ...]  # mm from row to row and from column to column
+    thickness: float  # mm: SliceThickness, else SpacingBetweenSlices, else 0
+    rescale: tuple[float, float] | None  # slope and intercept from stored to real values
+    rescale_type: str  # what real values are: "HU"; "" if it is not told
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tracer:
+    """What a PET image says of doses and times."""
+
+    units: str  # of real values: BQML, GML
+    suv_type: str
+    decay: str  # NONE, START, ADMIN: the time that values are corrected to
+    corrected: tuple[str, ...]  # for what values are corrected: DECY, ATTN
+    weight: float  # kg; 0 where a figure is not told
+    dose: float  # Bq
+    half_life: float  # seconds
+    injected: tuple[str, str]  # date and time in one, or else the time
+    series: tuple[str, str]  # date and time
+    acquired: tuple[str, str]  # date and time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceHeader:
+    """What one file of a series says of itself, as far as it is needed."""
+
+    path: str = field(repr=False)
+    stamp: tuple[int, int]  # size in bytes and time of change in ns, when it was read
+    series: str
+    uid: str  # of this file's content
+    modality: str  # CT, MR or PT, by the class of object
+    image_type: tuple[str, ...]
+    kernel: str
+    syntax: str  # transfer syntax
+    rows: int
+    columns: int
+    samples: int  # per pixel
+    photometric: str
+    allocated: int  # bits
+    stored: int
+    high: int
+    signed: bool
+    pixels: tuple[int, int]  # first byte of the pixels and their number, UNDEFINED where they are items; 0 of none
+    planes: tuple[Plane, ...]  # of each frame
+    tracer: Tracer | None = field(repr=False)  # of PET; its dates stay private
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """The slices of a volume in the order of their places."""
+
+    slices: tuple[tuple[SliceHeader, Plane], ...]
+    shape: tuple[int, int, int]  # columns, rows, slices
+    affine: Float64[np.ndarray, "4 4"]  # from (column, row, slice) of a voxel's centre to millimetres, RAS+
+
+
+# ----------------------------------------------------------------------------------------------------------- series
+
+
+def series_of(path: str | os.PathLike[str]) -> tuple[SliceHeader, ...]:
+    """The files of the series that a file belongs to, all in its folder, by name; none if it is no such file.
+
+    A folder stands for the one series in it; none if there are several. Raises OSError, and Damaged if the file's
+    header is damaged.
+    """
+    if os.path.isdir(path):
+        series = list(series_within(path).values())
+        return series[0] if len(series) == 1 else ()
+    own = header_of(path)
+    return series_within(os.path.dirname(path)).get(own.series, ()) if own else ()
+
+
+def series_within(folder: str | os.PathLike[str]) -> dict[str, tuple[SliceHeader, ...]]:
+    """The files of every series of slices in a folder, without its subfolders, by series and name.
+
+    A copy of a file counts once. A file that is locked or has a damaged header is left out: nobody knows which series
+    it belongs to, and it fails by itself where it is found or named. Raises OSError where the folder cannot be read
+    or storage fails.
+    """
+    found: dict[str, dict[str, SliceHeader]] = {}
+    with os.scandir(folder or ".") as entries:
+        paths = sorted(entry.path for entry in entries if entry.is_file())
+    for path in paths:
+        try:
+            header = header_of(path)
+        except OSError as error:
+            if isinstance(failure("", error), TransientError):
+                raise
+        except Damaged:
+            pass
+        else:
+            if header:
+                found.setdefault(header.series, {}).setdefault(header.uid, header)
+    return {series: tuple(headers.values()) for series, headers in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- headers
+
+
+class Bounded(io.BufferedReader):
+    """A file of which no more is read than a header may have, whatever lengths it tells of."""
+
+    left = MOST_HEADER
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Raises Damaged where that is too much, or everything: a deflated data set may unpack to any size."""
+        if size is None or not 0 <= size <= self.left:
+            raise Damaged("its header is deflated, or too long")
+        self.left -= size
+        return super().read(size)
+
+
+def header_of(path: str | os.PathLike[str]) -> SliceHeader | None:
+    """The header of a file; None if it is no image of a volume. Raises OSError, and Damaged if it is damaged."""
+    status = os.stat(path)
+    return read_header(os.fspath(path), (status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=1 << 14)  # a folder may hold the files of many series, and is searched for each of them
+def read_header(path: str, stamp: tuple[int, int]) -> SliceHeader | None:
+    """`header_of` the file that was so large and so old."""
+    if not os.path.isfile(path):  # a pipe would block for ever
+        return None
+    with Bounded(io.FileIO(path)) as file:
+        head = file.read(HEAD)
+        if head[128:132] != b"DICM" or not ANY_CLASS.search(head):
+            return None
+        file.seek(0)
+        try:
+            data = read_until(file, PIXELS, TAG.values())
+            told = {text(data, "SOPClassUID"), printable(str(data.file_meta.get("MediaStorageSOPClassUID", "")))}
+            classes = told - {""}
+            if not classes & CLASSES.keys():
+                return None
+            if len(classes) > 1:
+                raise Damaged("it names two classes of objects")
+            return header_from(data, path, stamp, CLASSES[classes.pop()], pixels_at(file))
+        except (OSError, Damaged):
+            raise
+        except Exception as error:  # a damaged header makes pydicom raise anything at all
+            raise Damaged(f"it cannot be read ({type(error).__name__})") from error
+
+
+def pixels_at(file: io.BufferedReader) -> tuple[int, int]:
+    """First byte of the pixels and their number; the file stands at them, or at its end."""
+    head = file.read(12)
+    for order, tag in (("<", b"\xe0\x7f\x10\x00"), (">", b"\x7f\xe0\x00\x10")):
+        if head.startswith(tag):
+            typed = head[4:6] in (b"OW", b"OB")
+            size = int(np.frombuffer(head, f"{order}u4", 1, 8 if typed else 4)[0])
+            return file.tell() - (0 if typed else 4), size
+    return 0, 0
+
+
+def header_from(data: Any, path: str, stamp: tuple[int, int], modality: str, pixels: tuple[int, int]) -> SliceHeader:
+    """What is kept of a data set. Raises Damaged, what pydicom raises, and all else that comes of odd values."""
+    series, uid = text(data, "SeriesInstanceUID"), text(data, "SOPInstanceUID")
+    if not (UID.fullmatch(series) and UID.fullmatch(uid)):
+        raise Damaged("it has no UIDs")
+    frames = int(text(data, "NumberOfFrames") or 1)
+    if not 0 < frames <= MOST_FRAMES:
+        raise Damaged(f"it tells of {frames} frames")
+    return SliceHeader(
+        path=path,
+        stamp=stamp,
+        series=series,
+        uid=uid,
+        modality=modality,
+        image_type=texts(data, "ImageType"),
+        kernel=text(data, "ConvolutionKernel").partition("\\")[0].strip(),
+        syntax=printable(str(data.file_meta.get("TransferSyntaxUID", ""))),
+        rows=number(data, "Rows"),
+        columns=number(data, "Columns"),
+        samples=number(data, "SamplesPerPixel"),
+        photometric=text(data, "PhotometricInterpretation"),
+        allocated=number(data, "BitsAllocated"),
+        stored=number(data, "BitsStored"),
+        high=number(data, "HighBit"),
+        signed=number(data, "PixelRepresentation") == 1,
+        pixels=pixels,
+        planes=planes_of(data, frames),
+        tracer=tracer_of(data) if modality == "PT" else None,
+    )
+
+
+def planes_of(data: Any, frames: int) -> tuple[Plane, ...]:
+    """What is told of each frame: for itself, for all frames, or for the file. Raises Damaged if it is incomplete."""
+    shared = items(data, TAG["SharedFunctionalGroupsSequence"])[:1]
+    own = items(data, TAG["PerFrameFunctionalGroupsSequence"])
+    if own and len(own) != frames:
+        raise Damaged(f"it describes {len(own)} frames of {frames}")
+    return tuple(plane_of(data, [*own[n : n + 1], *shared], n) for n in range(frames))
+
+
+def plane_of(data: Any, groups: list[Any], number: int) -> Plane:
+    """A frame's place and values. groups: functional groups, its own before those of all frames."""
+
+    def told(group: int, name: str) -> Any:
+        owners = [item for each in groups for item in items(each, group) if TAG[name] in item]
+        return owners[0] if owners else data
+
+    def figures(group: int, name: str) -> tuple[float, ...]:
+        return numbers(told(group, name), TAG[name])
+
+    slope, intercept = (figures(TRANSFORMATION, name) for name in ("RescaleSlope", "RescaleIntercept"))
+    thickness = figures(MEASURES, "SliceThickness")
+    return Plane(
+        number=number,
+        position=figures(POSITION, "ImagePositionPatient"),
+        orientation=figures(ORIENTATION, "ImageOrientationPatient"),
+        spacing=figures(MEASURES, "PixelSpacing"),
+        thickness=(thickness or figures(MEASURES, "SpacingBetweenSlices") or (0.0,))[0],
+        rescale=((slope or (1.0,))[0], (intercept or (0.0,))[0]) if slope or intercept else None,
+        rescale_type=text(told(TRANSFORMATION, "RescaleType"), "RescaleType"),
+    )
+
+
+def tracer_of(data: Any) -> Tracer:
+    """Doses and times; none of a dose where several are told."""
+    doses = items(data, TAG["RadiopharmaceuticalInformationSequence"])
+    dose = doses[0] if len(doses) == 1 else None
+
+    def figure(owner: Any, tag: int) -> float:
+        return (numbers(owner, tag) or (0.0,))[0] if owner is not None else 0.0
+
+    return Tracer(
+        units=text(data, "Units"),
+        suv_type=text(data, "SUVType"),
+        decay=text(data, "DecayCorrection"),
+        corrected=texts(data, "CorrectedImage"),
+        weight=figure(data, TAG["PatientWeight"]),
+        dose=figure(dose, TOTAL_DOSE),
+        half_life=figure(dose, HALF_LIFE),
+        injected=(value(dose, START_DATE_TIME), value(dose, START_TIME)) if dose is not None else ("", ""),
+        series=(text(data, "SeriesDate"), text(data, "SeriesTime")),
+        acquired=(text(data, "AcquisitionDate"), text(data, "AcquisitionTime")),
+    )
+
+
+def text(data: Any, name: str) -> str:
+    """The text of an element, "" if it is absent or no text."""
+    return value(data, TAG[name])
+
+
+def texts(data: Any, name: str) -> tuple[str, ...]:
+    """The texts of an element that holds several."""
+    return tuple(part.strip() for part in text(data, name).split("\\"))
+
+
+def number(data: Any, name: str) -> int:
+    """An unsigned whole number of 16 bits, 0 if it is absent."""
+    element = data.get_item(TAG[name])
+    little = element is None or getattr(element, "is_little_endian", True)
+    return int.from_bytes(raw(data, TAG[name])[:2], "little" if little else "big")
+
+
+def numbers(data: Any, tag: int) -> tuple[float, ...]:
+    """The decimal numbers of an element: none if it is absent or empty, NaN for what is no number or beyond reason."""
+    return tuple(map(decimal, value(data, tag).split("\\"))) if raw(data, tag).strip(b" \0") else ()
+
+
+def decimal(told: str) -> float:
+    """A number, NaN for what is none or beyond reason."""
+    try:
+        found = float(told)
+    except ValueError:
+        return math.nan
+    return found if abs(found) <= MOST_NUMBER else math.nan
+
+
+# --------------------------------------------------------------------------------------------------------- geometry
+
+Slices = list[tuple[SliceHeader, Plane]]
+AGAIN = "export the series again"
+
+
+def stack_of(series: tuple[SliceHeader, ...], source: str) -> Stack:
+    """The slices of a series in order, and their grid. Localizers are left out where there are other images.
+
+    Slices are ordered by their positions along the normal of ImageOrientationPatient. The grid goes through the first
+    and the last of them. Raises SourceError, with the figures, for what is no regular grid. source: the id that errors
+    name.
+    """
+    slices: Slices = [(each, plane) for each in series if "LOCALIZER" not in each.image_type for plane in each.planes]
+    if not slices:
+        raise SourceError(source, "its images are localizers", "name a series of slices")
+    check_alike(slices, source)
+    first = slices[0][1]
+    along, down = (np.array(each) / np.linalg.norm(each) for each in (first.orientation[:3], first.orientation[3:]))
+    normal = np.cross(along, down)
+    places = np.array([plane.position for _, plane in slices])
+    order = np.argsort(places @ normal, kind="stable")
+    if len(slices) == 1 and not first.thickness > 0:
+        raise SourceError(source, "its one slice tells no thickness", AGAIN)
+    step = normal * first.thickness if len(slices) == 1 else step_of(places[order], normal, min(first.spacing), source)
+    header = slices[0][0]
+    affine = np.eye(4)
+    affine[:3] = np.stack([along * first.spacing[1], down * first.spacing[0], step, places[order[0]]], axis=1)
+    affine[:2] *= -1  # from LPS to RAS
+    affine += 0.0  # no negative zeros
+    return Stack(tuple(slices[n] for n in order), (header.columns, header.rows, len(slices)), affine)
+
+
+def check_alike(slices: Slices, source: str) -> None:
+    """Raise SourceError unless all slices tell a place, and have one size, spacing and orientation that can be."""
+    planes = [plane for _, plane in slices]
+    lost = sum(
+        [len(plane.position), len(plane.orientation), len(plane.spacing)] != [3, 6, 2]
+        or not all(map(math.isfinite, plane.position + plane.orientation))
+        for plane in planes
+    )
+    if lost:
+        wrong = f"{lost} of {len(slices)} slices do not tell position, orientation and pixel spacing"
+        raise SourceError(source, wrong, AGAIN)
+    sizes = sorted({(header.columns, header.rows) for header, _ in slices})
+    if len(sizes) > 1:
+        wrong = (
+            f"its slices have {len(sizes)} sizes: {sizes[0][0]} x {sizes[0][1]} to {sizes[-1][0]} x {sizes[-1][1]} px"
+        )
+        raise SourceError(source, wrong, "split the series by size")
+    spacings = np.array([plane.spacing for plane in planes])
+    low, high = spacings.min(axis=0), spacings.max(axis=0)
+    if not (low > 0).all():
+        raise SourceError(source, f"its pixel spacing is {low[1]:g} x {low[0]:g} mm", AGAIN)
+    if ((high - low) > SAME_SPACING * low).any():
+        wrong = f"its pixel spacing goes from {low[1]:g} x {low[0]:g} to {high[1]:g} x {high[0]:g} mm"
+        raise SourceError(source, wrong, "split the series by spacing")
+    cosines = np.array([plane.orientation for plane in planes])
+    along, down = cosines[0, :3], cosines[0, 3:]
+    products = np.array([along @ along - 1, down @ down - 1, along @ down])
+    if not (np.abs(products) <= 2 * COSINE).all():
+        raise SourceError(source, "its rows and columns are no perpendicular unit vectors", AGAIN)
+    turned = int((np.abs(cosines - cosines[0]) > COSINE).any(axis=1).sum())
+    if turned:
+        wrong = f"{turned} of {len(slices)} slices have another orientation than the first"
+        raise SourceError(source, wrong, "split the series by orientation")
+
+
+def step_of(
+    places: Float64[np.ndarray, "n 3"], normal: Float64[np.ndarray, " 3"], spacing: float, source: str
+) -> Float64[np.ndarray, " 3"]:
+    """The step from slice to slice in mm, LPS. places: positions in order. spacing: mm within a slice.
+
+    Raises SourceError where slices share a place, are missing, shift sideways, or go in uneven steps.
+    """
+    count = len(places)
+    normal = normal / np.linalg.norm(normal)
+    ways = np.diff(places, axis=0)
+    steps = ways @ normal
+    check_single(steps, spacing, source)
+    usual = float(np.sort(steps)[(count - 2) // 2])  # the lower median: of a short and a long step the short one
+    shifts = ways - steps[:, None] * normal
+    sideways = np.linalg.norm(shifts, axis=1)
+    if (worst := float(sideways.max())) > SIDEWAYS * usual:
+        tilt = math.degrees(math.atan2(float(np.linalg.norm(shifts.sum(axis=0))), float(steps.sum())))
+        if tilt > math.degrees(SIDEWAYS):
+            wrong = f"its gantry was tilted by {tilt:.1f} degrees: slices shift sideways by up to {worst:.3g} mm a step"
+            raise SourceError(source, wrong, "resample it to an upright grid")
+        wrong = f"slice {int(sideways.argmax()) + 2} of {count} is shifted sideways by {worst:.3g} mm"
+        raise SourceError(source, wrong, "resample it to one grid")
+    times = np.rint(steps / usual)
+    gaps = np.flatnonzero((times > 1) & (np.abs(steps - times * usual) <= ASTRAY * usual))
+    if len(gaps):
+        lost, at = int((times[gaps] - 1).sum()), int(gaps[0])
+        missing = "1 slice is missing" if lost == 1 else f"{lost} slices are missing"
+        where = f"after slice {at + 1} of {count}" if len(gaps) == 1 else f"in {len(gaps)} places, first after {at + 1}"
+        wrong = f"{missing} {where}: a step of {steps[at]:.4g} mm among steps of {usual:.4g} mm"
+        raise SourceError(source, wrong, "copy the whole series")
+    if (np.abs(steps - usual) > UNEVEN * usual).any():
+        wrong = f"its steps are uneven: {steps.min():.4g} to {steps.max():.4g} mm, the median is {usual:.4g} mm"
+        raise SourceError(source, wrong, "resample it to even steps")
+    step: Float64[np.ndarray, " 3"] = (places[-1] - places[0]) / (count - 1)
+    astray = np.linalg.norm(places - places[0] - np.arange(count)[:, None] * step, axis=1)
+    if (most := float(astray.max())) > ASTRAY * usual:
+        wrong = f"slice {int(astray.argmax()) + 1} of {count} lies {most:.3g} mm beside the regular grid"
+        raise SourceError(source, wrong, "resample it to even steps")
+    return step
+
+
+def check_single(steps: Float64[np.ndarray, " n"], spacing: float, source: str) -> None:
+    """Raise SourceError where several images lie in one place. steps: mm along the normal, none negative."""
+    counts = np.bincount(np.cumsum(np.append(0, steps > SAME_PLACE * spacing)))
+    if counts.max() > 1:
+        shared = int((counts > 1).sum())
+        each = f"{counts.max()} images" if counts[counts > 1].min() == counts.max() else f"up to {counts.max()} images"
+        wrong = f"it has {each} in each of {shared} places, of {len(counts)} places in all"
+        raise SourceError(source, wrong, "split the series by phase, echo or b-value")

@@ -1,0 +1,366 @@
+"""Volumes in Zarr: OME-Zarr images with a z axis, and plain arrays of three axes, read chunk by chunk through zarr.
+
+Sources: the OME-NGFF specification, versions 0.4 and 0.5; the Zarr specification, versions 2 and 3. Only chunks that a
+box touches are read and decoded, so memory does not grow with the volume. A chunk that is not there has the array's
+fill value. Of an OME-Zarr image the finest level is read.
+
+The files do not say how the volume lies in a patient: its axes are taken as x, y, z towards right, anterior, superior.
+"""
+
+import json
+import math
+import os
+import stat
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import zarr
+from jaxtyping import Float64
+from zarr.abc.store import ByteRequest, RangeByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+
+from patchmill.errors import SourceError, TransientError
+from patchmill.sources.files import failure
+from patchmill.sources.guardedstore import METADATA, ZSTD, GuardedStore, UnsafeError, check_chunk, open_guarded
+from patchmill.sources.omezarr import MOST_ATTRIBUTES, MOST_SIDE, UNITS, inside, multiscale
+from patchmill.sources.tiff import Unsupported
+from patchmill.types import SourceRef
+
+__all__ = ["ZarrVolume", "affine_of", "frame_of", "is_zarr_volume", "kept_as", "spacing_of"]
+
+Spacing = tuple[float, float, float]
+SPACE = ("x", "y", "z")
+MOST_SHARD_CHUNKS = 1 << 20  # chunks of one shard: zarr holds 16 bytes of index for each
+COMPRESSORS = ("blosc", "zstd", "gzip", "zlib")
+UNTOLD = ("nothing tells its spacing", "use --voxel X,Y,Z in millimetres")
+
+
+class ZarrVolume:
+    """A volume in Zarr. Satisfies `Volume`. Safe to read from several threads at once."""
+
+    def __init__(self, ref: SourceRef) -> None:
+        """Open the array. Nothing of its voxels is read.
+
+        Raises Unsupported for what is no Zarr volume, slides among it, and SourceError or TransientError that name
+        ref.id.
+        """
+        self._ref = ref
+        try:
+            if not stat.S_ISDIR(os.stat(ref.path).st_mode):
+                raise Unsupported("no folder")
+            facts = described(ref.path)
+            self._array = open_bounded(facts.folder)
+            if (self._array.shape, self._array.dtype) != (facts.shape, facts.dtype):
+                raise UnsafeError("metadata that changed while it was opened")
+            chosen = frame_of(dict(zip(facts.axes, facts.shape, strict=True)), ref)
+            spacing, origin = scale_of(facts, ref)
+        except UnsafeError as error:
+            wrong = f"it is a Zarr volume that cannot be read: {error}"
+            raise SourceError(ref.id, wrong, "write it anew with zstd, gzip or blosc, in small chunks") from error
+        except OSError as error:
+            raise failure(ref.id, error) from error
+        except (Unsupported, SourceError):
+            raise
+        except Exception as error:  # damaged metadata makes zarr raise anything at all
+            wrong = f"its metadata cannot be read ({type(error).__name__})"
+            raise SourceError(ref.id, wrong, "check it or copy it again") from error
+        self._axes, self._chosen = facts.axes, chosen
+        self.reader = f"zarr {zarr.__version__}"
+        self.shape = in_space(facts.axes, facts.shape)
+        i, j, k = map(min, in_space(facts.axes, self._array.chunks), self.shape)
+        self.chunk = (i, j, k)
+        self.dtype = kept_as(facts.dtype)
+        self.affine = affine_of(spacing, origin)
+        self.slope, self.intercept, self.units = 1.0, 0.0, ""
+        self.metadata: Mapping[str, str | int | float] = {"orientation": "not told"}
+
+    def read(self, start: tuple[int, int, int], stop: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+        """Voxels [start, stop) with the axes x, y, z, in an array of their own.
+
+        Raises SourceError where a chunk of the box is damaged, TransientError where the storage fails.
+        """
+        place: dict[str, slice | int] = dict(zip(SPACE, map(slice, start, stop), strict=True)) | self._chosen
+        try:
+            found = np.asarray(self._array[tuple(place.get(axis, 0) for axis in self._axes)])
+        except FileNotFoundError as error:  # not of a chunk, which may be missing, but of all
+            raise TransientError(self._ref.id, "it is no longer there", "mount its disk, run again") from error
+        except Exception as error:  # every codec has errors of its own; all of them say that a chunk is damaged
+            if isinstance(error, OSError) and error.errno is not None:
+                raise failure(self._ref.id, error) from error
+            box = ", ".join(f"{axis} {low} to {high}" for axis, low, high in zip("ijk", start, stop, strict=True))
+            wrong = f"undecodable within {box} ({type(error).__name__})"
+            raise SourceError(self._ref.id, wrong, "check the volume or copy it again") from error
+        kept = [axis for axis in self._axes if axis in SPACE]
+        with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
+            voxels = found.transpose([kept.index(axis) for axis in SPACE]).astype(self.dtype, copy=False)
+        voxels.flags.writeable = False
+        return voxels
+
+    def close(self) -> None:
+        """Nothing is held open between two reads."""
+
+
+def is_zarr_volume(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a volume that `ZarrVolume` may open, from its metadata alone."""
+    try:
+        described(os.fspath(path))
+    except (Unsupported, UnsafeError, OSError):
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------- what all such volumes do
+
+
+def kept_as(stored: np.dtype[Any]) -> np.dtype[Any]:
+    """In which type voxels are handed on: uint8, int16, uint16 or float32, which holds whole numbers up to 2**24."""
+    kinds = {"u1": "u1", "i1": "i2", "i2": "i2", "u2": "u2"}
+    return np.dtype(kinds.get(f"{stored.kind}{stored.itemsize}", "f4"))
+
+
+def spacing_of(told: Sequence[float] | None, ref: SourceRef) -> Spacing:
+    """Millimetres along i, j, k: ref.spacing, or else what the file tells. Raises SourceError where nobody does."""
+    if ref.spacing is None and (told is None or not all(math.isfinite(each) and each > 0 for each in told)):
+        raise SourceError(ref.id, *UNTOLD)
+    i, j, k = ref.spacing or told or ()
+    if not all(math.isfinite(each) and each > 0 for each in (i, j, k)):
+        raise SourceError(ref.id, f"{i:g} x {j:g} x {k:g} mm is no spacing", "give millimetres above 0 with --voxel")
+    return i, j, k
+
+
+def affine_of(spacing: Spacing, origin: Spacing = (0.0, 0.0, 0.0)) -> Float64[np.ndarray, "4 4"]:
+    """From voxels to millimetres, with the file's axes towards right, anterior, superior."""
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = origin
+    return affine
+
+
+def frame_of(sizes: Mapping[str, int], ref: SourceRef) -> dict[str, int]:
+    """Where along "t" or "c" the volume lies that ref.frame names; nothing where there is but one.
+
+    Raises SourceError where there are several and none is named, where the one that is named is not there, and where
+    there are both several times and several channels.
+    """
+    several = [axis for axis in "tc" if sizes.get(axis, 1) > 1]
+    if len(several) > 1:
+        wrong = f"it holds {sizes['c']} channels at {sizes['t']} times"
+        raise SourceError(ref.id, wrong, "write one of them into a file of its own")
+    count = sizes[several[0]] if several else 1
+    if count > 1 and ref.frame is None:
+        raise SourceError(ref.id, f"it holds {count} volumes", f"choose one with --frame 0 to {count - 1}")
+    if ref.frame is not None and not 0 <= ref.frame < count:
+        raise SourceError(ref.id, f"it has no volume {ref.frame}", f"choose one with --frame 0 to {count - 1}")
+    return {several[0]: ref.frame} if several and ref.frame is not None else {}
+
+
+# ----------------------------------------------------------------------------------------------------------- metadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """What metadata say of the array that is read."""
+
+    folder: Path  # of the array
+    axes: tuple[str, ...]  # x, y and z once each, and t and c at most once
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    image: Mapping[str, Any] | None  # the OME-Zarr image that it is the finest level of
+
+
+def described(path: str) -> Described:
+    """What a folder's metadata say, compared with what a volume can be.
+
+    Raises Unsupported for anything but a volume, UnsafeError for a volume that cannot be read, OSError.
+    """
+    try:
+        image: Mapping[str, Any] | None = multiscale(path)
+    except Unsupported:
+        image = None
+    try:
+        folder = Path(path) if image is None else finest(path, image)
+        found = array_in(folder)
+        if found is None:
+            if image is None:
+                raise Unsupported("no Zarr array")
+            raise UnsafeError("a level that it names is not there")
+        shape = tuple(found["shape"])
+        axes = axes_of(image, found)
+        if len(shape) != len(axes) or not all(type(size) is int and 0 < size <= MOST_SIDE for size in shape):
+            raise UnsafeError("its sizes are none")
+        sizes = dict(zip(axes, shape, strict=True))
+        dtype = np.dtype(str(found.get("data_type", found.get("dtype"))))
+        if dtype.kind not in "iuf" or dtype.itemsize > 8:
+            raise UnsafeError("its voxels are no plain numbers")
+        if sizes["z"] == 1 or (image is None and dtype == np.uint8 and shape[-1] in (3, 4)):
+            raise Unsupported("a picture, no volume")
+        return Described(folder=folder, axes=axes, shape=shape, dtype=dtype, image=image)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnsafeError(f"its metadata cannot be read ({type(error).__name__})") from error
+
+
+def finest(path: str, image: Mapping[str, Any]) -> Path:
+    """The folder of an image's first level. Raises UnsafeError where that is not within the image."""
+    name = str(image["datasets"][0]["path"]) if image["datasets"] else ""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UnsafeError("its levels are not told")
+    try:
+        return inside(path, name)
+    except Unsupported as error:
+        raise UnsafeError(str(error)) from error
+
+
+def array_in(folder: Path) -> Mapping[str, Any] | None:
+    """The metadata of the array in a folder, of version 3 or 2; None if there is none. Raises UnsafeError, OSError."""
+    for name in ("zarr.json", ".zarray"):
+        file = folder / name
+        try:
+            status = os.stat(file)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_ATTRIBUTES:  # a pipe would block for ever
+            raise UnsafeError("metadata that are no small file")
+        try:
+            found = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise UnsafeError("metadata that are no JSON") from error
+        if isinstance(found, dict) and (name == ".zarray" or found.get("node_type") == "array"):
+            return found
+    return None
+
+
+def axes_of(image: Mapping[str, Any] | None, found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of an array's axes. Plain arrays are z, y, x unless they say otherwise. Raises Unsupported."""
+    if image is None:
+        names = tuple(str(name) for name in found.get("dimension_names") or ())
+        if len(found["shape"]) != 3:
+            raise Unsupported(f"{len(found['shape'])} axes")
+        return names if sorted(names) == sorted(SPACE) else ("z", "y", "x")
+    axes = tuple(axis if isinstance(axis, str) else str(axis["name"]) for axis in image["axes"])
+    if not set(SPACE) <= set(axes) or not set(axes) <= set("tczyx") or len(set(axes)) < len(axes):
+        raise Unsupported("axes other than x, y, z with t and c")
+    return axes
+
+
+def scale_of(facts: Described, ref: SourceRef) -> tuple[Spacing, Spacing]:
+    """Spacing and place of the first voxel, millimetres along x, y, z. Raises SourceError where no spacing is told.
+
+    Transformations are applied in their order, those of the level before those of the image. With ref.spacing in place
+    of the file's scale, its translation counts for nothing either.
+    """
+    if facts.image is None or ref.spacing is not None:
+        return spacing_of(None, ref), (0.0, 0.0, 0.0)
+    sizes, places = [], []
+    for axis in SPACE:
+        number = facts.axes.index(axis)
+        about = facts.image["axes"][number]
+        unit = UNITS.get(str(about.get("unit")) if isinstance(about, dict) else "", math.nan) / 1000
+        size, place = unit, 0.0
+        for owner in (facts.image["datasets"][0], facts.image):
+            for step in owner.get("coordinateTransformations") or ():
+                if step["type"] == "scale":
+                    size, place = size * float(step["scale"][number]), place * float(step["scale"][number])
+                elif step["type"] == "translation":
+                    place += float(step["translation"][number]) * unit
+                elif step["type"] != "identity":
+                    size = math.nan
+        sizes.append(size)
+        places.append(place)
+    spacing = spacing_of(sizes, ref)
+    if not all(map(math.isfinite, places)):
+        raise UnsafeError("a translation that is no number")
+    x, y, z = places
+    return spacing, (x, y, z)
+
+
+def in_space(axes: Sequence[str], sizes: Sequence[int]) -> tuple[int, int, int]:
+    """What is told along an array's axes, along x, y, z."""
+    x, y, z = (int(sizes[axes.index(axis)]) for axis in SPACE)
+    return x, y, z
+
+
+# ------------------------------------------------------------------------------------------------------------- chunks
+
+
+class BoundedStore(GuardedStore):
+    """A folder of chunks, none of which decodes to more than it should, whether or not it says so; shards included."""
+
+    shard = 0  # chunks of a shard; 0 where chunks are files
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """The bytes of a file or of a part of it; None if there is none. Raises OSError, UnsafeError."""
+        try:
+            size = os.stat(Path(self.root) / key).st_size
+        except OSError:
+            size = 0  # which what follows tells
+        if key in METADATA:
+            return await super().get(key, prototype, byte_range)
+        if byte_range is None and size > max(self.shard, 1) * (longest(self.chunk) + 16):
+            raise UnsafeError("longer than its voxels")
+        found = await super().get(key, prototype, byte_range)
+        if found is not None and (byte_range is None or isinstance(byte_range, RangeByteRequest)):
+            data = memoryview(found.to_bytes())
+            for chunk in chunks_in(data, self.shard) if self.shard and byte_range is None else (data,):
+                check_growth(chunk, self.codecs, self.chunk)
+        return found
+
+
+def open_bounded(folder: Path) -> Any:
+    """The array in a folder. Raises UnsafeError for one that cannot be read safely, and whatever zarr raises."""
+    array = open_guarded(folder)
+    guarded = array.store
+    if sum(codec in COMPRESSORS for codec in guarded.codecs) > 1:
+        raise UnsafeError("two compressors")
+    store = BoundedStore(folder, read_only=True)
+    store.codecs, store.chunk = guarded.codecs, guarded.chunk
+    if "sharding_indexed" in guarded.codecs:
+        (sharding, *others) = array.metadata.to_dict()["codecs"]
+        how = sharding["configuration"]
+        index = [codec["name"] for codec in how["index_codecs"]]
+        if others or how.get("index_location", "end") != "end" or index != ["bytes", "crc32c"]:
+            raise UnsafeError("shards other than with an index and its checksum at their end")
+        store.shard = math.prod(whole // part for whole, part in zip(array.shards, array.chunks, strict=True))
+        if not 0 < store.shard <= MOST_SHARD_CHUNKS:
+            raise UnsafeError(f"{store.shard} chunks in a shard")
+    return zarr.open_array(store=store, mode="r")
+
+
+def chunks_in(shard: memoryview, count: int) -> Iterator[memoryview]:
+    """The chunks of a whole shard that its index names. Source: Zarr specification 3, codec sharding_indexed."""
+    if len(shard) < 16 * count + 4:
+        raise UnsafeError("a shard without its index")
+    index = np.frombuffer(shard[-16 * count - 4 : -4], "<u8").reshape(count, 2)
+    for offset, length in index[index[:, 0] != np.iinfo(np.uint64).max].tolist():  # else it is not there
+        yield shard[offset : offset + length]
+
+
+def check_growth(data: memoryview, codecs: Sequence[str], chunk: int) -> None:
+    """Raise UnsafeError for an encoded chunk that would decode to more than `chunk` bytes, and what zlib raises.
+
+    gzip has no size to be trusted, and Zstandard need not tell one: such chunks are decoded once more, to that size.
+    """
+    check_chunk(bytes(data[:32]), len(data), codecs, chunk)
+    data = data[:-4] if codecs and codecs[-1] == "crc32c" else data
+    if "gzip" in codecs or "zlib" in codecs:
+        decoder, size = zlib.decompressobj(zlib.MAX_WBITS | 32), 0
+        left: bytes | memoryview = data
+        while left and not decoder.eof:
+            size += len(decoder.decompress(left, 1 << 20))
+            left = decoder.unconsumed_tail
+            if size > chunk:
+                raise UnsafeError("more than its voxels")
+        if decoder.unused_data.strip(b"\0"):
+            raise UnsafeError("bytes behind its end")
+    if "zstd" in codecs and int.from_bytes(data[:4], "little") == ZSTD and not data[4] >> 5:  # no size is told
+        imagecodecs.zstd_decode(bytes(data), out=chunk)
+
+
+def longest(chunk: int) -> int:
+    """Bytes that a chunk of so many may have when encoded."""
+    return chunk + chunk // 8 + 4096

@@ -1,0 +1,63 @@
+"""One shard of an image set, from files to acknowledged rows."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from patchmill.archive import SourceStore
+from patchmill.errors import SourceError
+from patchmill.sources import PatientImages
+from patchmill.stream.batcher import Batcher
+from patchmill.stream.clock import StageClock
+from patchmill.types import VALID_GOOD, VALID_UNREADABLE, ImagePlan, Shard, ShardResult, View
+
+__all__ = ["embed_images"]
+
+TOGETHER = 32  # images that are fetched while as many are decoded
+
+
+def embed_images(
+    shard: Shard,
+    images: PatientImages,
+    plan: ImagePlan,
+    view: View,
+    batcher: Batcher,
+    store: SourceStore,
+    provenance: Mapping[str, str],
+) -> ShardResult:
+    """Read, embed and commit one shard: all of it or nothing. Images that cannot be decoded are marked unreadable.
+
+    Raises SourceError where the set is not the one that was planned or a vector overflows float16, TransientError where
+    its storage fails, and what stopped the encoder.
+    """
+    if len(images.names) != plan.rows:
+        wrong = f"it has {len(images.names)} images, but {plan.rows} were planned"
+        raise SourceError(shard.source, wrong, "embed new images as a set of their own")
+    assert view.fit is not None
+    clock = StageClock()
+    valid = np.full(shard.rows, VALID_GOOD, np.uint8)
+    parts = [range(start, min(start + TOGETHER, shard.stop)) for start in range(shard.start, shard.stop, TOGETHER)]
+    with batcher.shard(shard.rows, label=shard.source) as opened:
+        ahead = images.fetch_ahead(parts[0])
+        for number, part in enumerate(parts):
+            with clock.stage("read"):
+                fetched = ahead()
+            if number + 1 < len(parts):
+                ahead = images.fetch_ahead(parts[number + 1])
+            row = part.start - shard.start
+            for first, out in batcher.slots(opened, row, len(part), clock):
+                with clock.decoding():
+                    good = images.decode(fetched[first : first + len(out)], view.fit, out)
+                valid[row + first : row + first + len(out)][~good] = VALID_UNREADABLE
+        with clock.stage("encode"):
+            batcher.wait(opened)
+        vectors = opened.vectors
+    with clock.stage("write"):
+        store.commit(shard, vectors, valid, provenance)
+    return ShardResult(
+        shard=shard,
+        seconds=clock.seconds,
+        pixels_read=shard.rows,
+        pixels_covered=shard.rows,
+        unreadable=int((valid == VALID_UNREADABLE).sum()),
+    )

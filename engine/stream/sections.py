@@ -1,0 +1,95 @@
+"""One shard of a volume, from voxels to acknowledged rows."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from patchmill.archive import SourceStore
+from patchmill.errors import SourceError, TransientError
+from patchmill.plan import Sections, chunks_in, runs, sections
+from patchmill.sources import Box, Grid, PatientVolume, box_of, cut, greys_of, grid_of
+from patchmill.stream.batcher import Batcher
+from patchmill.stream.clock import StageClock
+from patchmill.types import VALID_GOOD, VALID_UNREADABLE, Shard, ShardResult, View, VolumePlan
+
+__all__ = ["embed_sections"]
+
+
+def embed_sections(
+    shard: Shard,
+    volume: PatientVolume,
+    plan: VolumePlan,
+    view: View,
+    batcher: Batcher,
+    store: SourceStore,
+    provenance: Mapping[str, str],
+) -> ShardResult:
+    """Read, embed and commit one shard: all of it or nothing. Tiles on damaged parts of the file are marked unreadable.
+
+    Raises SourceError where the volume is not the one that was planned, its values do not suit the view, or a vector
+    overflows float16; TransientError where its storage fails; and what stopped the encoder.
+    """
+    grid = grid_of(volume, shard.source)
+    if grid.shape != plan.shape or not np.allclose(grid.affine, plan.affine, rtol=1e-9, atol=1e-9):
+        raise SourceError(shard.source, "its grid is not the one that was planned", "give the same options as before")
+    greys = greys_of(volume, plan, view, shard.source)
+    clock = StageClock()
+    valid = np.full(shard.rows, VALID_GOOD, np.uint8)
+    read, covered = 0, 0.0
+    with batcher.shard(shard.rows, label=shard.source) as opened:
+        for part in sections(plan, shard.start, shard.stop, view.slab):
+            read += chunks_in(part.box, grid.in_grid(volume.chunk), grid.shape)
+            for rows, box, voxels in readable(volume, grid, plan, view, part, clock):
+                if voxels is None:
+                    valid[rows.start - shard.start] = VALID_UNREADABLE
+                coords = plan.coords[rows]
+                for run in runs(coords):
+                    low, high = box_of(plan, coords[run], 1)
+                    covered += math.prod(b - a for a, b in zip(low, high, strict=True))
+                    start = rows.start - shard.start + run.start
+                    for first, out in batcher.slots(opened, start, run.stop - run.start, clock):
+                        with clock.stage("resample"):
+                            if voxels is not None:
+                                tiles = coords[run][first : first + len(out)]
+                                cut(voxels, box, plan, tiles, view.slab, greys, out)
+        with clock.stage("encode"):
+            batcher.wait(opened)
+        vectors = opened.vectors
+    with clock.stage("write"):
+        store.commit(shard, vectors, valid, provenance)
+    return ShardResult(
+        shard=shard,
+        seconds=clock.seconds,
+        pixels_read=read,
+        pixels_covered=covered,
+        unreadable=int((valid == VALID_UNREADABLE).sum()),
+    )
+
+
+def readable(
+    volume: PatientVolume, grid: Grid, plan: VolumePlan, view: View, part: Sections, clock: StageClock
+) -> Iterator[tuple[slice, Box, np.ndarray[Any, Any] | None]]:
+    """Rows of a plan, and the voxels of their box: all at once, or where those are damaged, row by row, some of None.
+
+    Raises TransientError if the storage fails.
+    """
+    voxels = read_or_none(volume, grid, part.box, clock)
+    if voxels is not None:
+        yield slice(part.start, part.stop), part.box, voxels
+        return
+    for row in range(part.start, part.stop):
+        box = box_of(plan, plan.coords[row : row + 1], view.slab)
+        yield slice(row, row + 1), box, read_or_none(volume, grid, box, clock)
+
+
+def read_or_none(volume: PatientVolume, grid: Grid, box: Box, clock: StageClock) -> np.ndarray[Any, Any] | None:
+    """The voxels of a box, None if the file is damaged there. Raises TransientError."""
+    try:
+        with clock.stage("read"):
+            return grid.read(volume, box)
+    except TransientError:
+        raise
+    except SourceError:
+        return None
