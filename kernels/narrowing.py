@@ -80,9 +80,9 @@ def _vector(_: Any, lines: Any, first: Any, weights: Any, k: Any, j: Any, sums: 
             four = [loaded(line, start, TAPS) for start in starts]
             pairs = [mixed(four[p], four[p + 4], list(range(8))) for p in range(4)]
             low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
-            halves = [(mixed(*pairs[:2], each), mixed(*pairs[2:], each)) for each in (low, high)]
+            halves = [(mixed(pairs[0], pairs[1], each), mixed(pairs[2], pairs[3], each)) for each in (low, high)]
             low, high = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
-            numbers = [mixed(*half, each) for half in halves for each in (low, high)]
+            numbers = [mixed(half[0], half[1], each) for half in halves for each in (low, high)]
             to = row(sums, number(r))
             total = loaded(to, j, PIXELS)
             for weight, values in zip(taps, numbers, strict=True):

@@ -231,7 +231,9 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
                 case PatientVolume() as volume, VolumePlan() as geometry:
                     return stream.embed_sections(shard, volume, geometry, batcher.view, batcher, store, known)
                 case PatientImages() as images, ImagePlan() as geometry:
-                    return stream.embed_images(shard, images, geometry, batcher.view, batcher, store, known)
+                    return stream.embed_images(
+                        shard, images, geometry, batcher.view, batcher, store, known, Archive.open(job.archive).item_id
+                    )
             raise SourceError(ref.id, "its plan is one of another kind of source", "embed it into another archive")
         finally:
             opened_source.close()

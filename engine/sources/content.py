@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from patchmill.errors import SourceError
+from patchmill.sources.dicomseries import SliceHeader, series_of
 from patchmill.sources.files import failure
 from patchmill.sources.omezarr import ATTRIBUTES, is_ome_zarr
 from patchmill.sources.series import Damaged, Header, levels_of
@@ -64,7 +65,7 @@ def content_fingerprint(
 def parts(path: Path) -> Iterator[tuple[str, Path]]:
     """The file itself, without a name so that renaming it changes nothing, and what lies in its companion folder.
 
-    Of an OME-Zarr image, all files in it by the names that they have there.
+    Of a folder that is one source (OME-Zarr, Zarr, a stack, an image set), all files by the names that they have there.
 
     The files of a DICOM series bear the UIDs that they hold, for the same reason. Raises OSError.
     """
@@ -74,6 +75,9 @@ def parts(path: Path) -> Iterator[tuple[str, Path]]:
     levels = series(path)
     if levels:
         yield from sorted((header.uid if len(levels) > 1 else "", Path(header.path)) for header in levels)
+        return
+    if path.is_dir():  # a Zarr volume, a stack of pictures, an image set
+        yield from below(path)
         return
     yield "", path
     companion = path.with_suffix("")
@@ -97,10 +101,10 @@ def below(folder: Path) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-def series(path: Path) -> Sequence[Header]:
-    """The level files of the DICOM series that a file belongs to, none where nothing of the kind is to be found out."""
+def series(path: Path) -> Sequence[Header | SliceHeader]:
+    """The files of the DICOM slide or volume that a file belongs to, none where nothing of the kind is found out."""
     try:
-        return levels_of(path)
+        return levels_of(path) or series_of(path)
     except Damaged:
         return ()
 

@@ -6,6 +6,7 @@ weight alone, for SUV. Objects of other classes are told by the first bytes of t
 """
 
 import io
+import logging
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from jaxtyping import Float64
 
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.files import failure
+from patchmill.sources.patience import beat
 from patchmill.sources.series import PIXELS, UID, Damaged, items, printable, raw, read_until, value
 
 __all__ = ["Plane", "SliceHeader", "Stack", "Tracer", "header_of", "series_of", "series_within", "stack_of"]
@@ -75,6 +77,8 @@ SAME_PLACE = 0.01  # of the spacing within a slice: nearer slices are two images
 SIDEWAYS = 0.01  # of a step: more in-plane shift from slice to slice is a tilted gantry, or a jump of the table
 UNEVEN = 0.05  # of the median step; beds of PET are joined with steps that differ by some 2 %
 ASTRAY = 0.25  # of the median step: further from the regular grid a voxel would be nearer to its neighbour's place
+
+logging.getLogger("pydicom").disabled = True  # it quotes what stands in damaged tags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +171,7 @@ def series_within(folder: str | os.PathLike[str]) -> dict[str, tuple[SliceHeader
     with os.scandir(folder or ".") as entries:
         paths = sorted(entry.path for entry in entries if entry.is_file())
     for path in paths:
+        beat()
         try:
             header = header_of(path)
         except OSError as error:
@@ -221,9 +226,11 @@ def read_header(path: str, stamp: tuple[int, int]) -> SliceHeader | None:
             if len(classes) > 1:
                 raise Damaged("it names two classes of objects")
             return header_from(data, path, stamp, CLASSES[classes.pop()], pixels_at(file))
-        except (OSError, Damaged):
+        except Damaged:
             raise
         except Exception as error:  # a damaged header makes pydicom raise anything at all
+            if isinstance(error, OSError) and error.errno:  # the storage's; pydicom's own have no number
+                raise
             raise Damaged(f"it cannot be read ({type(error).__name__})") from error
 
 

@@ -384,12 +384,12 @@ def run_lengths(frame: bytes, width: int, shape: tuple[int, int]) -> Samples:
     if starts[0] != width:
         raise Damaged("a frame has another number of segments")
     bounds = [*starts[1 : width + 1], len(frame)]
-    words = np.zeros(shape, np.uint16)
+    words: Samples = np.zeros(shape, np.uint16)
     for start, stop in pairwise(bounds):
-        plane = np.zeros(shape[0] * shape[1], np.uint8)
+        plane = bytearray(shape[0] * shape[1])
         if len(imagecodecs.packbits_decode(frame[start:stop], out=plane)) < len(plane):
             raise Damaged("pixels are missing")
-        words = words << 8 | plane.reshape(shape)
+        words = words << 8 | np.frombuffer(plane, np.uint8).reshape(shape)
     return words
 
 

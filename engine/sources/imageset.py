@@ -494,7 +494,9 @@ def labels_in(file: Bounded, found: Mapping[str, Member], split: str) -> Iterato
     try:
         with zipfile.ZipFile(file) as whole, whole.open(labels.info) as opened:
             opened.read(labels.header)
-            values = np.frombuffer(b"".join(iter(lambda: opened.read(STEP), b"")), labels.dtype).reshape(labels.shape[0], -1)
+            values = np.frombuffer(b"".join(iter(lambda: opened.read(STEP), b"")), labels.dtype).reshape(
+                labels.shape[0], -1
+            )
     except BROKEN as error:
         raise Unreadable(f"its labels are damaged ({type(error).__name__})", DAMAGED) from error
     for name, row in zip(names_of(split, labels.shape[0]), values.tolist(), strict=True):

@@ -92,5 +92,5 @@ def open_volume(ref: SourceRef) -> Volume:
 
 def open_images(ref: SourceRef) -> ImageSet:
     """Open an image set: a folder, a tar or an .npz. Raises SourceError or TransientError, naming ref.id."""
-    opened: ImageSet = reader_of("imageset", "open_image_set")(ref)
+    opened: ImageSet = reader_of("imageset", "ImageSetSource")(ref)
     return opened

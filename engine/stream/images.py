@@ -1,6 +1,6 @@
 """One shard of an image set, from files to acknowledged rows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -24,14 +24,17 @@ def embed_images(
     batcher: Batcher,
     store: SourceStore,
     provenance: Mapping[str, str],
+    item_id: Callable[[str], str],
 ) -> ShardResult:
     """Read, embed and commit one shard: all of it or nothing. Images that cannot be decoded are marked unreadable.
 
-    Raises SourceError where the set is not the one that was planned or a vector overflows float16, TransientError where
-    its storage fails, and what stopped the encoder.
+    item_id: the keyed hash of a name. Raises SourceError where the set is not the one that was planned or a vector
+    overflows float16, TransientError where its storage fails, and what stopped the encoder.
     """
-    if len(images.names) != plan.rows:
-        wrong = f"it has {len(images.names)} images, but {plan.rows} were planned"
+    names = images.names[shard.start : shard.stop]
+    known = b"".join(bytes.fromhex(item_id(name)) for name in names)
+    if len(images.names) != plan.rows or known != plan.items[shard.start : shard.stop].tobytes():
+        wrong = f"its {len(images.names)} images are not the {plan.rows} that were planned"
         raise SourceError(shard.source, wrong, "embed new images as a set of their own")
     assert view.fit is not None
     clock = StageClock()

@@ -1,12 +1,15 @@
 """Small DICOM series of slices, whose grid and values are known."""
 
 import random
+import tempfile
 from itertools import permutations, product
 
 import imagecodecs
 import numpy as np
+import pydicom
+import SimpleITK
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_encoder
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
@@ -25,6 +28,20 @@ def rle(pixels):
     return get_encoder(RLELossless).encode(pixels.tobytes(), encoding_plugin="pydicom", **options)
 
 
+def first_order(pixels):
+    """Lossless JPEG with the predictor of most scanners, by GDCM."""
+    writer = SimpleITK.ImageFileWriter()
+    writer.SetImageIO("GDCMImageIO")
+    writer.UseCompressionOn()
+    writer.SetCompressor("JPEG")
+    with tempfile.TemporaryDirectory() as folder:
+        writer.SetFileName(f"{folder}/a.dcm")
+        writer.Execute(SimpleITK.GetImageFromArray(pixels[None]))
+        data = pydicom.dcmread(f"{folder}/a.dcm")
+    assert data.file_meta.TransferSyntaxUID == COMPRESSED + "70"
+    return next(generate_frames(data.PixelData, number_of_frames=1))
+
+
 def unsigned(pixels):
     return np.ascontiguousarray(pixels).view(f"u{pixels.itemsize}")
 
@@ -34,7 +51,8 @@ CODECS = {  # name -> transfer syntax, encoder of a slice
     "implicit": (ImplicitVRLittleEndian, np.ndarray.tobytes),
     "big-endian": (ExplicitVRBigEndian, lambda pixels: pixels.astype(pixels.dtype.newbyteorder(">")).tobytes()),
     "rle": (RLELossless, lambda pixels: rle(unsigned(pixels))),
-    "jpeg lossless": (COMPRESSED + "70", lambda pixels: imagecodecs.ljpeg_encode(unsigned(pixels))),
+    "jpeg lossless": (COMPRESSED + "57", lambda pixels: imagecodecs.ljpeg_encode(unsigned(pixels))),
+    "jpeg lossless 1": (COMPRESSED + "70", lambda pixels: first_order(unsigned(pixels))),
     "jpeg-ls": (COMPRESSED + "80", lambda pixels: imagecodecs.jpegls_encode(unsigned(pixels))),
     "jpeg2000": (
         COMPRESSED + "90",
@@ -146,7 +164,7 @@ def tracer(data, number=0, **changes):
     data.SeriesDate = data.AcquisitionDate = "20200301"
     data.SeriesTime, data.AcquisitionTime = "110000", f"11{number:02}00"
     for name, value in changes.items():
-        owner = dose if name.startswith("Radio") else data
+        owner = dose if name.startswith("Radio") and not name.endswith("Sequence") else data
         if value is None:
             delattr(owner, name)
         else:
