@@ -1,5 +1,7 @@
 """The verbs `verify`, `index`, `query` and `probe`, with an archive given by its path."""
 
+import csv
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from patchmill.archive import Archive, Damage
 from patchmill.index import IndexReport
 from patchmill.probes import ProbeReport
 from patchmill.query import QueryResult
+from patchmill.sources.imageset import labels_of
+from patchmill.types import SourceRef
 
 __all__ = ["build_index", "draw_hits", "probe_knn", "query_image", "query_place", "verify"]
 
@@ -51,5 +55,20 @@ def draw_hits(archive: str | Path, result: QueryResult, out: str | Path) -> None
 def probe_knn(
     archive: str | Path, labels: str | Path, *, ks: Sequence[int] = (10, 20, 100, 200), **choice: Any
 ) -> ProbeReport:
-    """DINO's kNN probe on the labels of a CSV; the keywords are those of `patchmill.probes.probe_knn`."""
-    return probes.probe_knn(Archive.open(Path(archive)), Path(labels), ks=ks, **choice)
+    """DINO's kNN probe on the labels of a CSV, or on those that an `.npz` of images has for itself.
+
+    The keywords are those of `patchmill.probes.probe_knn`. Of an `.npz` its own split counts; images for validation are
+    left out.
+    """
+    opened = Archive.open(Path(archive))
+    if Path(labels).suffix.lower() != ".npz":
+        return probes.probe_knn(opened, Path(labels), ks=ks, **choice)
+    with tempfile.TemporaryDirectory() as scratch:
+        table = Path(scratch) / f"{Path(labels).name}.csv"
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["source", "image", "label", "split"])
+            for each in labels_of(SourceRef(id=Path(labels).name, path=str(labels), kind="images")):
+                if each.split in ("train", "test"):
+                    writer.writerow([Path(labels).name, each.name, each.label, each.split])
+        return probes.probe_knn(opened, table, ks=ks, **choice)

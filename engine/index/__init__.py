@@ -2,7 +2,7 @@
 
 from patchmill.index.build import IndexReport, build_index
 from patchmill.index.choice import Choice, choose, recorded
-from patchmill.index.places import place_of, place_text, tile_at
+from patchmill.index.places import place_of, place_text, row_of, tile_at
 from patchmill.index.search import Exclusion, Found, Index, open_index
 from patchmill.index.vectors import good_vectors
 
@@ -19,5 +19,6 @@ __all__ = [
     "place_of",
     "place_text",
     "recorded",
+    "row_of",
     "tile_at",
 ]

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int64
 from patchmill.errors import UsageError
 from patchmill.types import PLANE_AXES, PLANES, ImagePlan, Plan, SlidePlan, VolumePlan
 
-__all__ = ["place_of", "place_text", "tile_at"]
+__all__ = ["place_of", "place_text", "row_of", "tile_at"]
 
 
 def tile_at(plan: Plan, point: Sequence[float], among: Bool[np.ndarray, " n"] | None = None) -> int:
@@ -91,6 +91,14 @@ def is_in(plan: VolumePlan, plane: int, at: np.ndarray[Any, Any]) -> bool:
     normal, down, along = PLANE_AXES[plane]
     extent = [plan.shape[axis] * plan.steps[axis] / plan.spacing for axis in (down, along)]
     return bool(-0.5 <= at[0] <= plan.shape[normal] - 0.5 and 0 <= at[1] <= extent[0] and 0 <= at[2] <= extent[1])
+
+
+def row_of(plan: Plan, item: str) -> int | None:
+    """The row of an image by the keyed hash of its name, 32 hex digits; None where the plan has none of it."""
+    if not isinstance(plan, ImagePlan):
+        return None
+    (found,) = np.nonzero((plan.items == np.frombuffer(bytes.fromhex(item), np.uint8)).all(axis=1))
+    return int(found[0]) if len(found) else None
 
 
 def place_of(plan: Plan, row: int) -> dict[str, Any]:

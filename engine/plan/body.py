@@ -42,15 +42,16 @@ def body_of(volume: Volume, grid: Grid, source: str, whole: bool) -> Body:
     """Find the body of a volume. whole: else only a sample is read, for the quantiles, and all is body.
 
     What lies on damaged parts of the file counts as body: its tiles are planned, and told to be unreadable. source: the
-    id that errors name. Raises SourceError where no voxel holds a number, TransientError where the storage fails.
+    id that errors name. Raises SourceError where no voxel holds a number or can be decoded, TransientError where the
+    storage fails.
     """
     factor = max(1, int(np.ceil((np.prod(grid.shape, dtype=np.float64) / MOST_VOXELS) ** (1 / 3))))
     step = (min(factor, grid.shape[0]), min(factor, grid.shape[1]), min(factor, grid.shape[2]))
-    values, unknown = looked_at(volume, grid, step, whole)
+    values, unknown, damage = looked_at(volume, grid, step, whole)
     known = np.isfinite(values)
     if not known.any():
-        if unknown.any():
-            raise SourceError(source, "none of it can be decoded", "check the file or copy it again")
+        if damage is not None:
+            raise damage
         raise SourceError(source, "none of its voxels holds a number", "write the volume anew")
     threshold = threshold_of(values[known], volume.units)
     body = known & (values > threshold)
@@ -76,11 +77,15 @@ def threshold_of(values: Float32[np.ndarray, " n"], units: str) -> float:
 
 def looked_at(
     volume: Volume, grid: Grid, step: tuple[int, int, int], whole: bool
-) -> tuple[Float32[np.ndarray, "r a s"], Bool[np.ndarray, "r a s"]]:
-    """Each n-th voxel's value, NaN where nobody looked, and which lie on damaged parts. Raises TransientError."""
+) -> tuple[Float32[np.ndarray, "r a s"], Bool[np.ndarray, "r a s"], SourceError | None]:
+    """Each n-th voxel's value, NaN where nobody looked, which lie on damaged parts, and what one of those raised.
+
+    Raises TransientError.
+    """
     shape = tuple(-(-size // each) for size, each in zip(grid.shape, step, strict=True))
     values = np.full(shape, np.nan, np.float32)
     unknown = np.zeros(shape, bool)
+    damage: SourceError | None = None
     boxes = list(boxes_of(volume, grid))
     if not whole:
         voxels = np.prod(grid.shape, dtype=np.float64)
@@ -95,12 +100,12 @@ def looked_at(
             voxels_of_box: np.ndarray[Any, Any] = grid.read(volume, (low, high))
         except TransientError:
             raise
-        except SourceError:
-            unknown[place] = True
+        except SourceError as error:
+            unknown[place], damage = True, error
             continue
         within = tuple(slice(start * each - at, None, each) for start, each, at in zip(first, step, low, strict=True))
         values[place] = voxels_of_box[within].astype(np.float32) * volume.slope + volume.intercept
-    return values, unknown
+    return values, unknown, damage
 
 
 def boxes_of(volume: Volume, grid: Grid) -> Iterator[Box]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from patchmill.archive import Archive
 from patchmill.errors import UsageError
-from patchmill.index import Choice, tile_at
+from patchmill.index import Choice, row_of, tile_at
 from patchmill.types import Plan, SourceRef
 
 __all__ = ["Label", "read_labels"]
@@ -30,7 +30,7 @@ def read_labels(path: Path, archive: Archive, choice: Choice) -> tuple[Label, ..
     `source` is an id, a name or a path. A place is `row`, or `x` and `y` in level-0 pixels of a slide, or `x`, `y`, `z`
     in millimetres (RAS+) of a volume, which mean the tile that contains them, or `image`, its name in an image set.
     `split` is train or test. Without a `group` column the group is the archive's subject, or the source where it has
-    none.
+    none, or the image in a set.
     Raises UsageError naming the line: unknown source, no such row, no tile at a place, missing column or value, a
     tile or source that is labelled twice.
     """
@@ -47,21 +47,22 @@ def read_labels(path: Path, archive: Archive, choice: Choice) -> tuple[Label, ..
             refs[text] = _lookup(archive, text, where)
         ref = refs[text]
         row = None
-        if columns & {"row", "x"}:
+        if columns & {"row", "x", "image"}:
             if ref.id not in plans:
                 plans[ref.id] = _plan(archive, ref.id, choice, where)
-            row = _row(line, plans[ref.id], where)
+            row = _row(line, plans[ref.id], where, archive)
         if (ref.id, row) in seen:
             what = "this source" if row is None else f"tile {row} of this source"
             raise UsageError(where, f"{what} is labelled in line {seen[ref.id, row]} already", "keep one of them")
         seen[ref.id, row] = number
+        alone = f"{ref.id}/{row}" if "image" in columns else ref.id  # nobody says whose the images of a set are
         labels.append(
             Label(
                 source=ref.id,
                 row=row,
                 label=_value(line, "label", where),
                 split=_split(line, where) if "split" in columns else None,
-                group=_value(line, "group", where) if "group" in columns else ref.subject or ref.id,
+                group=_value(line, "group", where) if "group" in columns else ref.subject or alone,
             )
         )
     return tuple(labels)
@@ -86,6 +87,8 @@ def _lines(path: Path) -> list[tuple[int, Mapping[str, str]]]:
         raise UsageError(path.name, "has only one of the columns x and y", "give both, or row, or none of them")
     if {"row", "x"} <= set(columns):
         raise UsageError(path.name, "names tiles both by row and by x, y", "keep one of the two")
+    if "image" in columns and {"row", "x"} & set(columns):
+        raise UsageError(path.name, "names tiles both by image and by place", "keep one of the two")
     if not lines:
         raise UsageError(path.name, "has no line below its first", "add a line for each tile or source")
     for number, line in lines:
@@ -116,7 +119,15 @@ def _split(line: Mapping[str, str], where: str) -> str:
     return text
 
 
-def _row(line: Mapping[str, str], plan: Plan, where: str) -> int:
+def _row(line: Mapping[str, str], plan: Plan, where: str, archive: Archive) -> int:
+    if "image" in line:
+        name = _value(line, "image", where)
+        found = row_of(plan, archive.item_id(name))
+        if found is None:
+            raise UsageError(
+                where, f"there is no image {name!r} in the set", "name it as it lies in the folder or file"
+            )
+        return found
     if "row" not in line:
         point = [_number(line, axis, where) for axis in ("x", "y", "z") if axis in line]
         try:

@@ -12,7 +12,7 @@ from patchmill.archive import Archive
 from patchmill.encoders import open_encoder, resolve
 from patchmill.encoders.runtimes import RUNS
 from patchmill.errors import EncoderError, UsageError
-from patchmill.index import Exclusion, Index, open_index, place_of, place_text, recorded, tile_at
+from patchmill.index import Exclusion, Index, open_index, place_of, place_text, recorded, row_of, tile_at
 from patchmill.query.image import read_image
 from patchmill.types import VALID_GOOD, EncoderSpec, EncodeSettings, ImagePlan, Plan, PlanSettings
 
@@ -132,11 +132,10 @@ def _named(archive: Archive, plan: Plan, name: str) -> int:
     """The row of an image by its name in the set."""
     if not isinstance(plan, ImagePlan):
         raise UsageError("--at", f"{name!r} is no place", "give numbers: X,Y of a slide, X,Y,Z of a volume")
-    item = np.frombuffer(bytes.fromhex(archive.item_id(name)), np.uint8)
-    (found,) = np.nonzero((plan.items == item).all(axis=1))
-    if not len(found):
+    found = row_of(plan, archive.item_id(name))
+    if found is None:
         raise UsageError("--at", f"the set has no image {name!r}", "name it as it lies in the folder or file")
-    return int(found[0])
+    return found
 
 
 def _spec(archive: Archive, index: Index) -> EncoderSpec:

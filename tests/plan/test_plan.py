@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchmill.archive.plans import load_plan, plan_files
-from patchmill.archive.records import plan_from
+from patchmill.archive.records import settings_from
 from patchmill.errors import SourceError
 from patchmill.kernels import pack
 from patchmill.plan import blocks, plan_slide
@@ -262,8 +262,8 @@ def test_scaled_decoding_is_part_of_the_key_and_plans_from_before_it_are_exact()
     assert "scaled decoding" in scaled.describe()
     assert "exact decoding" in exact.describe()
     before = {name: value for name, value in asdict(exact).items() if name != "scaled"}
-    assert plan_from(before) == exact
-    assert plan_from(asdict(scaled)) == scaled
+    assert settings_from(before) == exact
+    assert settings_from(asdict(scaled)) == scaled
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -284,6 +284,7 @@ TWICE = np.repeat(made.positions(3), 2, axis=0)
 NO_GRID = {
     "1 slice is missing after slice 3 of 5: a step of 5 mm among steps of 2.5 mm": {"places": without(3, count=6)},
     "4 slices are missing in 2 places, first after 2: a step of 10 mm": {"places": without(2, 3, 4, 8)},
+    "1 slice is missing after slice 1 of 3: a step of 5 mm among steps of 2.5 mm": {"places": without(1, count=4)},
     "it has 2 images in each of 3 places, of 3 places in all; split the series by phase": {"places": TWICE},
     "it has 2 images in each of 1 places, of 5 places in all": {"places": moved({2: [0, 0, 2.5]})},
     "its gantry was tilted by 15.0 degrees": {"places": sheared(2.5 * math.tan(math.radians(15)))},
@@ -383,7 +384,7 @@ def test_lossy_jpeg_is_what_itk_reads(codec, dtype, tmp_path):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_bits_above_those_stored_are_no_part_of_a_value(signed, tmp_path):
-    values = made.voxels(dtype=np.uint16) + (3300 if signed else 0)
+    values = made.voxels(dtype=np.uint16) + 3300
     noise = np.random.default_rng(3).integers(0, 16, values.shape, dtype=np.uint16) << 12
     edit = attribute("PixelRepresentation", int(signed))
     volume = opened(made.write_series(tmp_path / "a", values % 4096 | noise, stored=12, edit=edit))
@@ -685,6 +686,12 @@ def test_a_length_that_lies_takes_no_memory(tmp_path):
     at = data.index(b"\x08\x00\x08\x00CS") + 4
     (folder / "000").write_bytes(data[:at] + b"UT\0\0\xf0\xff\xff\xff" + data[at + 4 :])
     refused(folder / "000", "its header is deflated, or too long")
+
+
+def test_no_more_of_a_header_is_read_than_there_may_be(tmp_path, monkeypatch):
+    path = made.write_enhanced(tmp_path / "a.dcm")
+    monkeypatch.setattr("patchmill.sources.dicomseries.Bounded.left", 9000)
+    refused(path, "its header is deflated, or too long")
 
 
 @pytest.mark.parametrize("codec", EXACT)

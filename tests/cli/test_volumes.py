@@ -1,0 +1,287 @@
+"""Volumes and image sets from end to end, by the command line."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from sklearn.neighbors import KNeighborsClassifier
+
+from patchmill.archive import Archive
+
+PLANTED = {
+    "PatientName": "Zebedee^Quackenbush",
+    "PatientID": "MRN-88172635",
+    "PatientBirthDate": "19381107",
+    "PatientAddress": "17 Sycamore Lane",
+    "ReferringPhysicianName": "Wolfenstein^Ottilie",
+    "InstitutionName": "Saint Aloysius Infirmary",
+    "AccessionNumber": "ACC7365524",
+    "StudyDate": "20190321",
+    "StudyDescription": "rule out quackenbushitis",
+    "SeriesDescription": "thinnish cuts through Zebedee",
+    "ImageComments": "seen by Wolfenstein",
+    "StationName": "SCANNERBASEMENT",
+    "DeviceSerialNumber": "SN5550199",
+    "PatientComments": "allergic to penicillin",
+}
+
+
+def ball(shape=(24, 24, 24)):
+    """A bright ball with a gradient in darkness."""
+    grid = np.indices(shape) - np.array(shape).reshape(3, 1, 1, 1) / 2
+    inside = np.sqrt((grid**2).sum(axis=0)) < min(shape) / 3
+    return np.where(inside, 100 + 4 * grid[0] + 2 * grid[1], 0).astype(np.int16)
+
+
+def write_nifti(path, voxels, affine=None):
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([2.0, 2, 2, 1]) if affine is None else affine), path)
+    return path
+
+
+def write_ct(folder, voxels, **tags):
+    """A series of axial CT slices, one file each."""
+    folder.mkdir()
+    for number in range(voxels.shape[2]):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = CTImageStorage
+        meta.MediaStorageSOPInstanceUID = f"1.2.3.4.{number + 1}"
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        data = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+        data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        data.Modality, data.SeriesInstanceUID, data.StudyInstanceUID = "CT", "1.2.3.4", "1.2.3"
+        data.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        data.Rows, data.Columns = voxels.shape[1], voxels.shape[0]
+        data.PixelSpacing, data.SliceThickness = [1.5, 1.5], 3.0
+        data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        data.ImagePositionPatient = [-18.0, -18.0, 3.0 * number]
+        data.InstanceNumber = number + 1
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        data.BitsAllocated = data.BitsStored = 16
+        data.HighBit, data.PixelRepresentation = 15, 1
+        data.RescaleSlope, data.RescaleIntercept, data.RescaleType = 1, -1000, "HU"
+        for name, value in tags.items():
+            setattr(data, name, value)
+        data.PixelData = np.ascontiguousarray(voxels[:, :, number].T).tobytes()
+        pydicom.dcmwrite(folder / f"slice{number:03}", data, enforce_file_format=True)
+    return folder
+
+
+def every_byte(*tops):
+    return b"".join(path.read_bytes() for top in tops for path in sorted(Path(top).rglob("*")) if path.is_file())
+
+
+def test_a_volume_from_end_to_end(patchmill, embed, tmp_path):
+    volume = write_nifti(tmp_path / "ball.nii.gz", ball())
+    archive = tmp_path / "archive"
+    ran = embed(archive, volume, "--intensity", "mri", "--json")
+    assert ran.code == 0
+    (outcome,) = json.loads(ran.out)["outcomes"]
+    assert outcome["outcome"] == "complete"
+    assert outcome["rows"] + outcome["empty"] == 72  # three planes, since it is isotropic
+    assert outcome["empty"] > 10
+    assert patchmill("index", archive).code == 0
+    asked = ("query", archive, "--source", "ball.nii.gz", "-k", 3, "--json")
+    ran = patchmill(*asked, "--at", "24,24,24", "--picture", tmp_path / "h.png")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert {hit["plane"] for hit in found["hits"]} <= {"axial", "coronal", "sagittal"}
+    assert all(len(hit["mm"]) == 3 for hit in found["hits"])
+    with Image.open(tmp_path / "h.png") as picture:
+        assert picture.size[0] > 600
+    same = patchmill(*asked, "--at=-24,-24,24", "--at-lps")
+    assert json.loads(same.out)["hits"] == found["hits"]
+    assert patchmill("query", archive, "--source", "ball.nii.gz", "--at", "24,24").code == 2
+    assert patchmill("verify", archive).code == 0
+    again = json.loads(embed(archive, volume, "--intensity", "mri", "--json").out)
+    assert again["outcomes"][0]["skipped"]
+    assert again["tiles"] == 0
+
+
+def test_bad_volumes_fail_by_themselves_in_one_line_each(embed, tmp_path):
+    folder = tmp_path / "volumes"
+    folder.mkdir()
+    write_nifti(folder / "good.nii", ball())
+    write_nifti(folder / "four.nii", np.stack([ball()] * 3, axis=3))
+    write_nifti(folder / "complex.nii", ball().astype(np.complex64))
+    write_nifti(folder / "nothing.nii", np.full((8, 8, 8), np.nan, np.float32))
+    noise = np.random.default_rng(0).integers(0, 999, (40, 40, 40)).astype(np.int16)
+    data = write_nifti(folder / "cut.nii.gz", noise).read_bytes()
+    (folder / "cut.nii.gz").write_bytes(data[: len(data) // 2])
+    spaces = bytearray((folder / "good.nii").read_bytes())
+    spaces[80:84] = np.float32(0).tobytes()  # pixdim[1]
+    spaces[252:256] = b"\0\0\0\0"  # neither form says how voxels lie
+    (folder / "flat.nii").write_bytes(spaces)
+    (folder / "empty.mha").touch()
+    write_ct(folder / "localizers", ball()[:, :, :3], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_ct(folder / "gap", ball())
+    (folder / "gap" / "slice011").unlink()
+    for name in ("slice000", "slice001", "slice002"):
+        file = folder / "localizers" / name
+        series = pydicom.dcmread(file)
+        series.SeriesInstanceUID = "1.2.3.5"
+        pydicom.dcmwrite(file, series, enforce_file_format=True)
+    ran = embed(tmp_path / "archive", folder, "--window", "0,200", "--json")
+    assert ran.code == 1
+    outcomes = json.loads(ran.out)["outcomes"]
+    wrong = {"/".join(Path(each["path"]).parts[-2:]): each["wrong"] for each in outcomes}
+    assert wrong.pop("volumes/good.nii") == ""
+    says = {
+        "volumes/four.nii": "--frame",
+        "volumes/complex.nii": "complex",
+        "volumes/nothing.nii": "none of its voxels holds a number",
+        "volumes/cut.nii.gz": "compressed",
+        "volumes/flat.nii": "spacing",
+        "volumes/empty.mha": "empty",
+        "localizers/slice000": "localizer",
+        "gap/slice000": "missing",
+    }
+    assert set(wrong) == set(says)
+    for name, part in says.items():
+        assert part in wrong[name], wrong[name]
+        assert "\n" not in wrong[name]
+        assert str(tmp_path) not in wrong[name]
+
+
+def test_one_volume_of_several_can_be_chosen(embed, tmp_path):
+    several = np.stack([np.zeros_like(ball()), ball()], axis=3)
+    path = write_nifti(tmp_path / "four.nii", several)
+    ran = embed(tmp_path / "archive", path, "--window", "0,200", "--frame", 1, "--json")
+    assert json.loads(ran.out)["outcomes"][0]["rows"] > 20
+
+
+def test_no_word_about_the_patient_leaves_a_dicom_file(patchmill, embed, tmp_path):
+    series = write_ct(tmp_path / "series", ball() + 1000, **PLANTED)
+    archive = tmp_path / "archive"
+    ran = embed(archive, series)
+    assert ran.code == 0, ran.err
+    assert "intensities ct-soft-tissue, since the modality is CT" in ran.err
+    assert patchmill("index", archive).code == 0
+    query = patchmill("query", archive, "--source", "1.2.3.4", "--at", "0,0,36", "--picture", tmp_path / "hits.png")
+    assert query.code == 0, query.err
+    status, verify = patchmill("status", archive), patchmill("verify", archive)
+    told = " ".join(each.out + each.err for each in (ran, query, status, verify))
+    kept = every_byte(archive, f"{archive}.private") + (tmp_path / "hits.png").read_bytes() + told.encode()
+    for planted in PLANTED.values():
+        for part in planted.replace("^", " ").split():
+            if len(part) > 3:
+                assert part.encode() not in kept, part
+    assert b"1.2.3.4" not in every_byte(archive)  # the series' UID is private as well
+
+
+def test_a_damaged_good_series_is_refused_without_a_word_about_the_patient(embed, tmp_path):
+    series = write_ct(tmp_path / "series", ball(), **PLANTED)
+    with (series / "slice007").open("r+b") as file:
+        file.truncate(900)
+    ran = embed(tmp_path / "archive", series)
+    assert ran.code in (1, 2)
+    for planted in PLANTED.values():
+        assert planted not in ran.err + ran.out
+
+
+def test_an_image_set_from_end_to_end(patchmill, embed, tmp_path):
+    folder = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["source", "image", "label", "split"])
+        for number in range(24):
+            kind = ("dark", "light")[number % 2]
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 60, (40, 60, 3)) + (150 if kind == "light" else 20)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / kind / f"{number}x.png")
+            if number != 5:
+                writer.writerow(["images", f"{kind}/{number}x.png", kind, "train" if number < 16 else "test"])
+    (folder / "light" / "5x.png").write_bytes(b"no picture")
+    archive = tmp_path / "archive"
+    ran = embed(archive, folder, "--as", "images", "--json")
+    assert ran.code == 0, ran.err
+    (outcome,) = json.loads(ran.out)["outcomes"]
+    assert (outcome["rows"], outcome["unreadable"]) == (24, 1)
+    assert patchmill("index", archive).code == 0
+    ran = patchmill(
+        "query",
+        archive,
+        "--source",
+        "images",
+        "--at",
+        "dark/0x.png",
+        "-k",
+        4,
+        "--picture",
+        tmp_path / "h.png",
+        "--json",
+    )
+    assert ran.code == 0, ran.err
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    assert {names[hit["number"]].split("/")[0] for hit in json.loads(ran.out)["hits"]} == {"dark"}
+    ran = patchmill("probe", "knn", archive, "--labels", tmp_path / "labels.csv", "-k", 3, "--json")
+    assert ran.code == 0, ran.err
+    assert b"dark/" not in every_byte(archive)  # names are kept as keyed hashes alone
+    (folder / "dark" / "new.png").write_bytes((folder / "dark" / "0x.png").read_bytes())
+    assert (
+        "its content has changed" in embed(tmp_path / "archive", folder, "--as", "images", "--pixels", 64, "--json").out
+    )
+
+
+def test_an_npz_brings_its_labels_and_the_probe_is_scikit_learns(patchmill, embed, tmp_path):
+    rng = np.random.default_rng(1)
+    arrays = {}
+    for split, count in (("train", 40), ("val", 5), ("test", 20)):
+        labels = rng.integers(0, 2, (count, 1)).astype(np.uint8)
+        base = np.linspace(0, 1, 28)[None, None, :] * np.where(labels[..., None] == 1, 1, 0.6)
+        noise = rng.normal(0, 60, (count, 28, 28))
+        arrays |= {f"{split}_images": np.clip(base * 180 + noise, 0, 255).astype(np.uint8), f"{split}_labels": labels}
+    np.savez_compressed(tmp_path / "set.npz", **arrays)
+    archive = tmp_path / "archive"
+    assert embed(archive, tmp_path / "set.npz", "--pixels", 64).code == 0
+    ran = patchmill("probe", "knn", archive, "--labels", tmp_path / "set.npz", "-k", 5, "--json")
+    assert ran.code == 0, ran.err
+    opened = Archive.open(archive)
+    store = opened.source(next(opened.source_ids()))
+    vectors, _ = store.read(*store.embedded()[0], "mean")
+    vectors = vectors.astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    theirs = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda away: np.exp((1 - away) / 0.07))
+    theirs.fit(vectors[:40], arrays["train_labels"].ravel())
+    accuracy = (theirs.predict(vectors[45:]) == arrays["test_labels"].ravel()).mean()
+    (found,) = json.loads(ran.out)["results"]
+    assert found["tiles"]["accuracy"]["value"] == pytest.approx(accuracy)
+
+
+def test_options_of_another_kind_of_source_are_refused(embed, patchmill, tmp_path):
+    volume = write_nifti(tmp_path / "ball.nii", ball())
+    for options, says in (
+        (("--mpp", 0.5), "--mpp: it is for slides, and these are volumes"),
+        (("--fit", "crop"), "--fit: it is for image sets, and these are volumes"),
+        ((), "--intensity: nothing says how values become grey levels (modality: unknown)"),
+        (("--intensity", "xray"), "no preset is called 'xray'"),
+        (("--window", "5"), "'5' is no window"),
+        (("--window", "9,1"), "9 to 1 is no window"),
+        (("--window", "3%,99%"), "no plan keeps the quantile 0.03"),
+        (("--intensity", "mri", "--planes", "diagonal"), "no plane is called 'diagonal'"),
+        (("--intensity", "mri", "--voxel", "1,2"), "'1,2' are not 3 numbers"),
+        (("--intensity", "mri", "--slab", 2), "2 slices do not fit"),
+    ):
+        ran = embed(tmp_path / "archive", volume, *options)
+        assert ran.code == 2
+        assert says in ran.line
+    assert patchmill("plan", volume, "--picture", tmp_path / "p.png").code == 2
+
+
+def test_the_template_that_nilearn_ships(embed, tmp_path):
+    spec = importlib.util.find_spec("nilearn")
+    if spec is None or spec.origin is None:
+        pytest.skip("nilearn is not installed")
+    path = next(Path(spec.origin).parent.rglob("mni_icbm152_t1*.nii.gz"))
+    ran = embed(tmp_path / "archive", path, "--intensity", "mri", "--every", 24, "--planes", "axial,sagittal", "--json")
+    assert ran.code == 0, ran.err
+    (outcome,) = json.loads(ran.out)["outcomes"]
+    assert outcome["rows"] >= 10
