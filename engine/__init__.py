@@ -30,7 +30,9 @@ _HOME = {  # public name -> the module that it is loaded from
     "EncodeSettings": "patchmill.types",
     "PatchmillError": "patchmill.errors",
     "PlanSettings": "patchmill.types",
+    "ImageSettings": "patchmill.types",
     "RunSettings": "patchmill.cluster",
+    "VolumeSettings": "patchmill.types",
 }
 
 if TYPE_CHECKING:
@@ -53,14 +55,16 @@ if TYPE_CHECKING:
     from patchmill.archive import Archive
     from patchmill.cluster import RunSettings
     from patchmill.errors import PatchmillError
-    from patchmill.types import EncodeSettings, PlanSettings
+    from patchmill.types import EncodeSettings, ImageSettings, PlanSettings, VolumeSettings
 
 __all__ = [
     "Archive",
     "EncodeSettings",
+    "ImageSettings",
     "PatchmillError",
     "PlanSettings",
     "RunSettings",
+    "VolumeSettings",
     "build_index",
     "check_encoder",
     "demo",
