@@ -142,3 +142,18 @@ def bench_memory(inputs: Inputs = None, rounds: Rounds = 1, as_json: Json = Fals
     record = measure(inputs or (), rounds=rounds)
     show(record.as_dict(), record.text, as_json)
     return 0
+
+
+@bench_app.command("volumes", epilog="Example: patchmill bench volumes --rounds 5 --gib 1")
+def bench_volumes(
+    rounds: Rounds = 5,
+    gib: Annotated[list[int] | None, typer.Option(min=1, help="of chunked volumes; 1 and 20 by default")] = None,
+    as_json: Json = False,
+) -> int:
+    """Slices per second out of volumes beside the usual way and copy bandwidth; memory against the volume's size."""
+    from patchmill.benchmarks.volumes import GIB
+    from patchmill.benchmarks.volumes import bench_volumes as measure
+
+    record = measure(rounds=rounds, sizes=tuple(gib or GIB))
+    show(record.as_dict(), record.text, as_json)
+    return 0

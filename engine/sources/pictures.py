@@ -29,7 +29,7 @@ NO_PICTURE = ("I", "F", *SIXTEEN_BIT)  # signed or of 32 bits: nobody says which
 ORIENTATION, WIDTH, HEIGHT, BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR = 274, 256, 257, 258, 262, 284  # tags of TIFF
 TILE_SIDES, WHITE_IS_ZERO = (322, 323), 0
 SHRINKS = (8, 4, 2)  # by which libjpeg decodes smaller, and faster
-SPARE = 2  # pixels per output pixel that such a JPEG must keep: means differ by less than 2 grey levels then
+SPARE = 4  # pixels per output pixel that such a JPEG must keep: means differ by less than 2 grey levels then
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF's number, as `ImageOps.exif_transpose` does
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -206,7 +206,7 @@ def axis(start: float, extent: float, size: int, pixels: int) -> Axis:
     """
     steps = np.arange(pixels + 1) * (extent / pixels) + start
     if extent < pixels:
-        centres = np.clip((steps[:-1] + steps[1:]) / 2 - 0.5, 0, size - 1)
+        centres = np.clip((steps[:-1] + steps[1:]) / 2 - 0.5, start, start + extent - 1)
         first = np.minimum(np.floor(centres), max(size - 2, 0)).astype(np.int64)
         right = (centres - first)[:, None]
         return first, np.concatenate([1 - right, right], axis=1)[:, : min(2, size)].astype(np.float32)

@@ -25,9 +25,11 @@ class NullEncoder:
 
     batch, parallel = 16, 1
 
-    def __init__(self, pixels: int = 224, rate: float = 0.0, batch: int | None = None) -> None:
+    def __init__(
+        self, pixels: int = 224, rate: float = 0.0, batch: int | None = None, view: View | None = None
+    ) -> None:
         self.batch = batch or self.batch
-        self.spec = null_spec(pixels)
+        self.spec = null_spec(view or View(pixels=pixels))
         self.provenance: Mapping[str, str] = {"runtime": "null", "device": "none"}
         self._rate = rate
         self._free_at = 0.0
@@ -47,27 +49,32 @@ class NullEncoder:
         """Nothing is held."""
 
 
-def null_spec(pixels: int) -> EncoderSpec:
+def null_spec(view: View) -> EncoderSpec:
     """The spec of a null encoder; its weights count as untrained."""
     return EncoderSpec(
         name="null",
         architecture={"family": "null"},
         weights="untrained:0",
-        view=View(pixels=pixels),
+        view=view,
         precision="fp32",
         outputs={"mean": WIDTH},
         license="none",
     )
 
 
+def view_of(settings: EncodeSettings) -> View:
+    """The view that settings ask for."""
+    return View(pixels=settings.pixels or 224, intensity=settings.intensity, slab=settings.slab, fit=settings.fit)
+
+
 def resolve_null(settings: EncodeSettings) -> EncoderSpec:
     """As `patchmill.encoders.resolve`."""
-    return null_spec(settings.pixels or 224)
+    return null_spec(view_of(settings))
 
 
 def open_null(settings: EncodeSettings) -> NullEncoder:
     """As `patchmill.encoders.open_encoder`; the seed of the weights is taken as tiles per second."""
-    return NullEncoder(settings.pixels or 224, settings.untrained or 0, settings.batch)
+    return NullEncoder(rate=settings.untrained or 0, batch=settings.batch, view=view_of(settings))
 
 
 def open_null_gated(settings: EncodeSettings) -> tuple[NullEncoder, GateReport]:

@@ -165,7 +165,7 @@ def test_a_grey_of_16_bits_that_stands_for_transparency_is_white():
 
 
 @pytest.mark.parametrize(
-    "pixels", [noise(4, 5).astype(np.float32), noise(4, 5, 1).astype(np.float32), noise(4, 5, 1).astype(np.int32)]
+    "pixels", [noise(4, 5, 1).astype(np.float64), noise(4, 5, 1).astype(np.float32), noise(4, 5, 1).astype(np.int32)]
 )
 def test_values_without_a_white_are_refused(pixels):
     assert not decode_picture(tiff(pixels), "crop", np.empty((8, 8, 3), np.uint8))
@@ -207,7 +207,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(imagecodecs, "png_decode", boom)
     monkeypatch.setattr(Image.Image, "convert", boom)
     assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
-    for width, height in ((10_000, 8_948), (20_000, 20_000), (2**31 - 1, 1), (0, 5)):
+    for width, height in ((10_000, 8_947), (20_000, 20_000), (2**31 - 1, 1), (0, 5)):
         data = png(width, height, 8, 2, b"")
         with pytest.raises(AssertionError if width * height and width == 10_000 else Exception, match=r".*") as caught:
             picture_of(data, "crop", 8)
@@ -282,7 +282,7 @@ def test_a_cropped_picture_is_what_a_slides_tile_would_be(side, more, wide, p):
     fit_picture(pixels, "crop", out)
     origin = np.array([[more // 2, 0] if wide else [0, more // 2]], np.int32)
     reference.pack(pixels[None], np.zeros((1, 1), np.int32), origin, float(side), tile)
-    np.testing.assert_array_equal(out, tile[0])
+    np.testing.assert_allclose(out, tile[0], atol=1)  # one adds up in 32 bits, the other in 64
 
 
 @pytest.mark.parametrize("shape", [(30, 40), (7, 9), (64, 50)])
@@ -325,7 +325,7 @@ def test_a_thread_of_pixels_is_fitted_without_a_canvas_of_its_length():
 
 
 @pytest.mark.parametrize(("shape", "fit", "p", "shrunk"), [
-    ((96, 128), "crop", 24, 2), ((96, 128), "crop", 25, 1), ((96, 128), "pad", 32, 2), ((96, 128), "stretch", 6, 8),
+    ((96, 128), "crop", 12, 2), ((96, 128), "crop", 13, 1), ((96, 128), "pad", 16, 2), ((96, 128), "stretch", 3, 8),
     ((97, 128), "crop", 8, 1), ((96, 128), "crop", 96, 1),
 ])  # fmt: skip
 def test_large_jpegs_are_decoded_smaller_where_enough_remains(shape, fit, p, shrunk):
@@ -344,8 +344,8 @@ def test_the_same_square_is_cut_from_what_was_decoded_smaller(orientation):
     exif[0x0112] = orientation
     ramp = np.broadcast_to(np.linspace(0, 255, 168).astype(np.uint8)[None, :, None], (160, 168, 3))
     data = saved(Image.fromarray(ramp.copy()), "JPEG", quality=100, subsampling=0, exif=exif)
-    assert picture_of(data, "crop", 10)[1] == 8
-    exact, out = np.empty((10, 10, 3), np.uint8), np.empty((10, 10, 3), np.uint8)
+    assert picture_of(data, "crop", 5)[1] == 8
+    exact, out = np.empty((5, 5, 3), np.uint8), np.empty((5, 5, 3), np.uint8)
     fit_picture(shown(data), "crop", exact)
     assert decode_picture(data, "crop", out)
     np.testing.assert_allclose(out, exact, atol=2)  # half a pixel aside would be 3 away, and one 6
