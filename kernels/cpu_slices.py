@@ -1,27 +1,14 @@
 """Tiles of a volume's slices on the CPU, made in the order in which memory holds the voxels."""
 
-from typing import Any
-
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
+from jaxtyping import Float32, Int32, Shaped, UInt8
 
-from patchmill.kernels.compiling import compiled
-from patchmill.kernels.narrowing import BAND, narrow, padded
+from patchmill.kernels.cpu_lanes import LANES, draw_lanes
+from patchmill.kernels.cpu_rows import Pictures, Places, Sums, draw_rows
+from patchmill.kernels.narrowing import padded
 from patchmill.kernels.slices import Axis, Table, check_slices, on_its_side
 
 __all__ = ["reslice"]
-
-LANES = 32  # slices made together where memory holds them side by side: a line of the cache is read once for all
-
-Places = tuple[int, int, int, int]  # of voxel (0, 0, 0) in memory, and steps to the next slice, row and column
-Pictures = tuple[
-    Int64[np.ndarray, " m"],  # the slice of each picture
-    Float32[np.ndarray, " m"],  # its gain
-    Float32[np.ndarray, " m"],  # its offset
-    Int64[np.ndarray, " m+1"],  # where its targets begin
-    Int64[np.ndarray, " 3*n"],  # targets: number of the tile times 3, plus the channel
-]
-Sums = tuple[Int64[np.ndarray, " p"], Float32[np.ndarray, "p k"], Float32[np.ndarray, " p"]]  # the members of an Axis
 
 
 def reslice(
@@ -60,10 +47,10 @@ def reslice(
     to = out.reshape(out.size)
     if across == 1 and abs(along) > 1:
         drawn = pictures(slices, gain, offset, LANES)
-        _side_by_side(flat, places, drawn, members(row), members(column), column.reach, turned, to)
+        draw_lanes(flat, places, drawn, members(row), members(column), column.reach, turned, to)
     else:
         drawn, vectors = pictures(slices, gain, offset, 1), (*padded(column), column.total)
-        _one_by_one(flat, places, drawn, members(row), vectors, column.reach, run_of(column), turned, to)
+        draw_rows(flat, places, drawn, members(row), vectors, column.reach, run_of(column), turned, to)
 
 
 def in_memory(voxels: Shaped[np.ndarray, "d h w"]) -> tuple[Shaped[np.ndarray, " m"], Places]:
@@ -72,7 +59,7 @@ def in_memory(voxels: Shaped[np.ndarray, "d h w"]) -> tuple[Shaped[np.ndarray, "
     Raises ValueError where steps between voxels are no whole voxels.
     """
     size = voxels.itemsize
-    if any(stride % size for stride in voxels.strides):
+    if any(stride % size for stride, length in zip(voxels.strides, voxels.shape, strict=True) if length > 1):
         raise ValueError(f"strides of {voxels.strides} bytes are no whole voxels of {size} bytes")
     strides = [stride // size for stride in voxels.strides]
     reach = [(length - 1) * stride for length, stride in zip(voxels.shape, strides, strict=True)]
@@ -117,242 +104,3 @@ def run_of(axis: Axis) -> tuple[int, int, int]:
     way = -1 if len(steps) and steps[0] < 0 else 1
     whole = (np.diff(used) == 1).all() and (steps == way).all()
     return (int(used[0]), int(used[-1]) + 1, way) if whole else (0, 0, 1)
-
-
-@compiled
-def _one_by_one(
-    flat: Shaped[np.ndarray, " m"],
-    places: Places,
-    pictures: Pictures,
-    rows: Sums,
-    columns: Sums,
-    reach: tuple[int, int],
-    run: tuple[int, int, int],
-    turned: bool,
-    out: UInt8[np.ndarray, " size"],
-) -> None:
-    start, across, down, along = places
-    numbers, gain, offset, starts, targets = pictures
-    first, weights, total = columns
-    pixels = len(total)
-    width = reach[1] - reach[0]
-    lines = np.zeros((BAND, width + len(weights)), np.float32)  # weights of 0 may reach behind the last voxel
-    sums = np.empty((BAND, len(first)), np.float32)
-    picture = np.zeros((pixels, pixels), np.uint8)
-    left, right, way = run
-    backwards = (along == -1) != (way < 0)
-    for m in range(len(numbers)):
-        corner = start + numbers[m] * across + reach[0] * along
-        for top in range(0, pixels, BAND):
-            depth = min(BAND, pixels - top)
-            for r in range(depth):
-                line = lines[r, :width]
-                _mix_rows(flat, corner, down, along, gain[m], offset[m], rows, top + r, line)
-                if backwards:
-                    _turn(line)
-            if right > left:
-                for r in range(depth):
-                    _round(lines[r, :width], rows[2][top + r], total[left:right], picture[top + r, left:right])
-            else:
-                narrow(lines, first, weights, sums)
-                for r in range(depth):
-                    _round(sums[r, :pixels], rows[2][top + r], total, picture[top + r])
-        _spread(picture, targets[starts[m] : starts[m + 1]], turned, out)
-
-
-@compiled
-def _mix_rows(
-    flat: Shaped[np.ndarray, " m"],
-    corner: int,
-    down: int,
-    along: int,
-    gain: np.float32,
-    offset: np.float32,
-    rows: Sums,
-    i: int,
-    line: Float32[np.ndarray, " w"],
-) -> None:
-    """The weighted sum of the rows of voxels that row i of a picture covers; backwards where memory is."""
-    first, weights, _ = rows
-    width = len(line)
-    if weights[i, 0] == 0:
-        line[:] = 0
-    for k in range(weights.shape[1]):
-        weight = weights[i, k]
-        if weight == 0:
-            continue
-        at = corner + (first[i] + k) * down
-        if along == 1 or along == -1:
-            low = at if along == 1 else at - width + 1
-            source = flat[low : low + width]
-            if k == 0:
-                for x in range(width):
-                    line[x] = weight * _level(source[x], gain, offset)
-            else:
-                for x in range(width):
-                    line[x] += weight * _level(source[x], gain, offset)
-        else:
-            for x in range(width):
-                line[x] = weight * _level(flat[at + x * along], gain, offset) + (line[x] if k else np.float32(0))
-
-
-@compiled
-def _level(voxel: Any, gain: np.float32, offset: np.float32) -> np.float32:
-    """Its grey level. What is no number is never more than 0, so that becomes 0. Any other form takes no vectors."""
-    return max(np.float32(0), min(np.float32(voxel) * gain + offset, np.float32(255)))
-
-
-@compiled
-def _turn(line: Float32[np.ndarray, " w"]) -> None:
-    last = len(line) - 1
-    for x in range(len(line) // 2):
-        line[x], line[last - x] = line[last - x], line[x]
-
-
-@compiled
-def _round(
-    sums: Float32[np.ndarray, " p"], down: np.float32, along: Float32[np.ndarray, " p"], levels: UInt8[np.ndarray, " p"]
-) -> None:
-    """Sums by the sums of their weights. NumPy's division, not Python's, whose test for 0 keeps vectors away."""
-    for j in range(len(levels)):
-        levels[j] = np.uint8(np.true_divide(sums[j], down * along[j]) + np.float32(0.5))
-
-
-@compiled
-def _spread(
-    picture: UInt8[np.ndarray, "p p"], targets: Int64[np.ndarray, " m"], turned: bool, out: UInt8[np.ndarray, " size"]
-) -> None:
-    """Write a picture to every channel that shows it."""
-    if turned:
-        picture = np.ascontiguousarray(picture.T)
-    pixels = len(picture)
-    m = 0
-    while m < len(targets):
-        tile, channel = divmod(targets[m], 3)
-        grey = channel == 0 and m + 2 < len(targets) and targets[m + 2] == targets[m] + 2
-        for i in range(pixels):
-            line = picture[i]
-            at = (tile * pixels + i) * pixels * 3
-            to = out[at : at + pixels * 3]
-            if grey:
-                for j in range(pixels):
-                    to[3 * j] = line[j]
-                    to[3 * j + 1] = line[j]
-                    to[3 * j + 2] = line[j]
-            else:
-                for j in range(pixels):
-                    to[3 * j + channel] = line[j]
-        m += 3 if grey else 1
-
-
-@compiled
-def _side_by_side(
-    flat: Shaped[np.ndarray, " m"],
-    places: Places,
-    pictures: Pictures,
-    rows: Sums,
-    columns: Sums,
-    reach: tuple[int, int],
-    turned: bool,
-    out: UInt8[np.ndarray, " size"],
-) -> None:
-    start, _, down, along = places
-    numbers, gain, offset, starts, targets = pictures
-    first, weights, total = columns
-    pixels, taps = weights.shape
-    width = reach[1] - reach[0]
-    row_first, row_weights, row_total = rows
-    line = np.zeros((width + taps) * LANES, np.float32)
-    levels = np.empty((2, width * LANES), np.float32)
-    held = np.empty(2, np.int64)
-    sums = np.empty(pixels * LANES, np.float32)
-    means = np.empty(pixels, np.float32)
-    drawn = np.empty((LANES, pixels, pixels), np.uint8)
-    begin = 0
-    while begin < len(numbers):
-        base, end = numbers[begin], begin
-        while (
-            end < len(numbers)
-            and base <= numbers[end] < base + LANES
-            and gain[end] == gain[begin]
-            and offset[end] == offset[begin]
-        ):
-            end += 1
-        lanes = numbers[end - 1] - base + 1
-        corner = start + base + reach[0] * along
-        line[width * lanes : (width + taps) * lanes] = 0
-        held[:] = -1
-        for i in range(pixels):
-            if row_weights[i, 0] == 0:
-                line[: width * lanes] = 0
-            for k in range(row_weights.shape[1]):
-                if row_weights[i, k] > 0:
-                    y = row_first[i] + k
-                    row = levels[y % 2, : width * lanes]
-                    if (
-                        held[y % 2] != y
-                    ):  # strewn over memory: a row of voxels that two of the picture share is read once
-                        _convert_lanes(flat, corner + y * down, along, gain[begin], offset[begin], lanes, row)
-                        held[y % 2] = y
-                    _add(row, row_weights[i, k], k == 0, line)
-            _narrow_lanes(line, reach[0], first, weights, sums, lanes)
-            for m in range(begin, end):
-                for j in range(pixels):
-                    means[j] = sums[j * lanes + numbers[m] - base]
-                _round(means, row_total[i], total, drawn[m - begin, i])
-        for m in range(begin, end):
-            _spread(drawn[m - begin], targets[starts[m] : starts[m + 1]], turned, out)
-        begin = end
-
-
-@compiled
-def _convert_lanes(
-    flat: Shaped[np.ndarray, " m"],
-    at: int,
-    along: int,
-    gain: np.float32,
-    offset: np.float32,
-    lanes: int,
-    levels: Float32[np.ndarray, " w*lanes"],
-) -> None:
-    """The grey levels of a row of voxels in neighbouring slices."""
-    for x in range(0, len(levels), lanes):
-        source, part = flat[at : at + lanes], levels[x : x + lanes]
-        for lane in range(lanes):
-            part[lane] = _level(source[lane], gain, offset)
-        at += along
-
-
-@compiled
-def _add(levels: Float32[np.ndarray, " w"], weight: np.float32, begin: bool, line: Float32[np.ndarray, " w"]) -> None:
-    """Add weighted levels to a line, or begin it with them."""
-    if begin:
-        for x in range(len(levels)):
-            line[x] = weight * levels[x]
-    else:
-        for x in range(len(levels)):
-            line[x] += weight * levels[x]
-
-
-@compiled
-def _narrow_lanes(
-    line: Float32[np.ndarray, " w*lanes"],
-    low: int,
-    first: Int64[np.ndarray, " p"],
-    weights: Float32[np.ndarray, "p k"],
-    sums: Float32[np.ndarray, " p*lanes"],
-    lanes: int,
-) -> None:
-    """The weighted sums of columns, for neighbouring slices at once."""
-    for j in range(len(weights)):
-        part = sums[j * lanes : (j + 1) * lanes]
-        for k in range(weights.shape[1]):
-            weight = weights[j, k]
-            at = (first[j] - low + k) * lanes
-            source = line[at : at + lanes]
-            if k == 0:
-                for lane in range(lanes):
-                    part[lane] = weight * source[lane]
-            else:
-                for lane in range(lanes):
-                    part[lane] += weight * source[lane]

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from patchmill.benchmarks import ingest
+from patchmill.benchmarks import ingest, volumes
 from patchmill.benchmarks.encoder import bench_encoder, knee
 from patchmill.benchmarks.inputs import tiles_of, write_histology
 from patchmill.benchmarks.memory import bench_memory
@@ -171,3 +171,15 @@ def test_ingest_is_measured_beside_the_loader_and_the_codec(slide, capsys, monke
     assert tissue == ["tissue, jpeg, with coarser levels", "tissue, jpeg, one level"]
     assert any("OpenSlide" in row["case"] for row in own)
     assert any("decoded at 1/4, cells of 64 px" in note for note in record["notes"])
+
+
+def test_volumes_beside_the_usual_way(monkeypatch, tmp_path):
+    monkeypatch.setattr(volumes, "SHAPE", (64, 48, 32))
+    record = volumes.bench_volumes(rounds=1, sizes=())
+    axial, coronal, sagittal, usual, copying = record.rows
+    assert axial.ratio == pytest.approx(axial.value / usual.value)
+    assert all(each.value > 0 and each.of_limit > 0 for each in (axial, coronal, sagittal))
+    assert copying.unit == "GB/s"
+    told = volumes.peak_of(volumes.write_chunked(tmp_path / "v.zarr", 1 << 23), tmp_path / "archive")
+    assert told["tiles"] == 512
+    assert told["decoded"] == pytest.approx(1.0)
