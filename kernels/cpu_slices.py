@@ -1,11 +1,9 @@
 """Tiles of a volume's slices on the CPU, made in the order in which memory holds the voxels."""
 
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped, UInt8
+from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
 
-from patchmill.kernels.cpu_lanes import LANES, draw_lanes
-from patchmill.kernels.cpu_rows import Pictures, Places, Sums, draw_rows
-from patchmill.kernels.narrowing import padded
+from patchmill.kernels.slice_loops import LANES, PIXELS, TAPS, Pictures, Places, Sums, draw_lanes, draw_rows
 from patchmill.kernels.slices import Axis, Table, check_slices, on_its_side
 
 __all__ = ["reslice"]
@@ -90,6 +88,18 @@ def pictures(
 def members(axis: Axis) -> Sums:
     """The arrays of an axis, as compiled code takes them."""
     return axis.first, axis.weights, axis.total
+
+
+def padded(axis: Axis) -> tuple[Int64[np.ndarray, " q"], Float32[np.ndarray, "m q"]]:
+    """Places and weights of an axis for `narrow`, with zeros up to whole vectors.
+
+    Places count from the first voxel of the axis that has weight.
+    """
+    count, taps = axis.weights.shape
+    first = np.pad(axis.first - axis.reach[0], (0, -count % PIXELS), mode="edge")
+    weights = np.zeros((taps + -taps % TAPS, len(first)), np.float32)
+    weights[:taps, :count] = axis.weights.T
+    return first, weights
 
 
 def run_of(axis: Axis) -> tuple[int, int, int]:

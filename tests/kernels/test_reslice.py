@@ -110,6 +110,14 @@ def test_refuses_what_is_no_axis(size, start, step, pixels):
         axis_weights(size, start, step, pixels)
 
 
+def test_a_pixel_belongs_to_the_voxel_that_begins_at_its_centre():
+    """So the first voxel's lower edge is inside and the last one's upper edge is not, by rounding's breadth, too."""
+    for error in (0, 1e-9, -1e-9):
+        for step in (1, 0.5, 2):
+            weights = axis_weights(4, error - step / 2, step, round(4 / step) + 1)[1]
+            assert (weights.sum(axis=1) > 0).tolist() == [True] * round(4 / step) + [False]
+
+
 def test_places_far_away_have_no_weight():
     for start, step in [(1e300, 1.0), (-1e300, 1e290), (1e18, -3.0)]:
         assert (axis_weights(9, start, step, 5)[1] == 0).all()
@@ -118,7 +126,7 @@ def test_places_far_away_have_no_weight():
 @given(
     data=st.data(),
     seed=st.integers(0, 99),
-    shape=st.tuples(*[st.integers(1, 40)] * 3),
+    shape=st.tuples(st.integers(1, 150), st.integers(1, 40), st.integers(1, 40)),
     dtype=st.sampled_from(DTYPES),
     pixels=st.integers(1, 24),
     order=st.permutations([0, 1, 2]),
@@ -167,6 +175,15 @@ def test_whole_ratios_are_means_rounded_half_up(how, seed, ratio, pixels, turned
     stored = voxels.transpose(0, 2, 1).copy().transpose(0, 2, 1) if turned else voxels
     tiles = drawn(stored, [(0, 1, 2)], *whole(voxels, pixels), how=how)
     assert np.array_equal(tiles[0].transpose(2, 0, 1), (2 * squares + area) // (2 * area))
+
+
+@both
+@pytest.mark.parametrize("ratio", [2, 6, 10, 12, 14, 22])
+def test_ties_are_rounded_up_where_weights_are_no_binary_fractions(how, ratio):
+    levels = np.arange(254, dtype=np.uint8)[:, None, None]
+    voxels = levels + (np.indices((ratio, ratio)).sum(axis=0) % 2).astype(np.uint8)  # one half is a level higher
+    tiles = drawn(voxels, [(n, n, n) for n in range(254)], *whole(voxels, 1), how=how)
+    assert np.array_equal(tiles, levels[:, :, :, None] + np.ones((1, 1, 1, 3), np.uint8))
 
 
 @pytest.mark.parametrize("ratio", [2, 3, 4, 7])
@@ -226,11 +243,23 @@ def test_the_ends_of_whole_numbers(how):
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 2, 0)])
 def test_channels_show_slices_and_windows_of_their_own(how, order):
     voxels = laid(np.arange(50, dtype=np.int16)[:, None, None] * np.ones((1, 8, 9), np.int16), order, np.s_[:, :, :])
-    window = np.array([1, 2, 1], np.float32), np.array([0, 5, 100], np.float32)
-    numbers = [(3, 3, 3), (0, 1, 2), (49, 20, 1), (1, 2, 3), (3, 3, 3)]
+    window = np.array([1, 2, 1], np.float32), np.array([0, 0, 100], np.float32)
+    numbers = [(3, 3, 3), (0, 1, 2), (49, 20, 1), (1, 2, 3), (3, 3, 3), (9, 40, 49)]
     tiles = drawn(voxels, numbers, *whole(voxels, 4), window, how)
     for tile, (a, b, c) in zip(tiles, numbers, strict=True):
-        assert (tile == [a, 2 * b + 5, c + 100]).all()
+        assert (tile == [a, 2 * b, c + 100]).all()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
+@pytest.mark.parametrize("window", [((1, 1, 1), (0, 50, 90)), ((1, 2, 3), (0, 0, 0))])
+def test_windows_of_one_slice_stay_apart(window, order):
+    """Ascending through all channels, so that pictures of one window go on where those of the last one end."""
+    voxels = laid(np.arange(30, dtype=np.int16)[:, None, None] * np.ones((1, 8, 9), np.int16), order, np.s_[:, :, :])
+    gain, offset = (np.array(each, np.float32) for each in window)
+    numbers = np.array([(0, 10, 20), (1, 11, 21)])
+    tiles = drawn(voxels, numbers, *whole(voxels, 4), (gain, offset))
+    assert np.array_equal(tiles[:, 0, 0], numbers * gain + offset)
+    assert (tiles == tiles[:, :1, :1]).all()
 
 
 def test_any_strides_give_the_same_bytes():
@@ -268,6 +297,16 @@ def test_weights_need_not_sum_to_one_nor_begin_at_once(how):
     columns = np.array([-2, 0]), np.array([[0, 0, 0, 3, 1], [6, 0, 6, 0, 0]], np.float32)
     tile = drawn(voxels, [(0, 0, 0)], rows, columns, how=how)[0]
     assert tile[:, :, 0].tolist() == [[25, 25], [0, 0]]
+
+
+@both
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 2, 0)])
+@pytest.mark.parametrize("taken", [(0, 2, 3), (1, 1, 2), (3, 2, 0), (2, 3, 2), (3, 3, 3)])
+def test_single_voxels_may_be_any(how, taken, order):
+    voxels = laid(np.arange(32, dtype=np.uint8).reshape(2, 4, 4), order, np.s_[:, :, :])
+    table = np.array(taken), np.ones((3, 1), np.float32)
+    tile = drawn(voxels, [(1, 1, 1)], table, table, how=how)[0]
+    assert np.array_equal(tile[:, :, 0], 16 + np.array(taken)[:, None] * 4 + np.array(taken))
 
 
 @both

@@ -1,0 +1,384 @@
+"""The compiled loops of `reslice`: they walk voxels in the order in which memory holds them.
+
+All in one file: what numba keeps on disk is judged by the date of the file that a function is in, not by those of the
+functions that it calls, and would go stale.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64, Shaped, UInt8
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from patchmill.kernels.compiling import compiled
+
+__all__ = ["LANES", "PIXELS", "TAPS", "Pictures", "Places", "Sums", "draw_lanes", "draw_rows"]
+
+LANES = 64  # interleaved slices that are drawn together: a line of the cache is read once for all of its voxels
+BAND = 8  # rows of a picture that are narrowed together
+PIXELS = 8  # pixels of a row that are made together: a vector
+TAPS = 4  # weights that are taken together
+
+Places = tuple[int, int, int, int]  # of voxel (0, 0, 0) in memory, and steps to the next slice, row and column
+Pictures = tuple[
+    Int64[np.ndarray, " m"],  # the slice of each picture
+    Float32[np.ndarray, " m"],  # its gain
+    Float32[np.ndarray, " m"],  # its offset
+    Int64[np.ndarray, " m+1"],  # where its targets begin
+    Int64[np.ndarray, " 3*n"],  # targets: number of the tile times 3, plus the channel
+]
+Sums = tuple[Int64[np.ndarray, " p"], Float32[np.ndarray, "p k"], Float32[np.ndarray, " p"]]  # the members of an Axis
+
+
+@compiled
+def draw_rows(
+    flat: Shaped[np.ndarray, " m"],
+    places: Places,
+    pictures: Pictures,
+    rows: Sums,
+    columns: Sums,
+    reach: tuple[int, int],
+    run: tuple[int, int, int],
+    turned: bool,
+    out: UInt8[np.ndarray, " size"],
+) -> None:
+    """Draw one picture after the other.
+
+    flat: memory. columns: padded for `narrow`, and the sums of weights. reach: the first column with weight, and one
+    past the last. run: as from `run_of`. turned: whether a picture's rows are a tile's columns. out: the buffer.
+    """
+    start, across, down, along = places
+    numbers, gain, offset, starts, targets = pictures
+    first, weights, total = columns
+    pixels = len(total)
+    width = reach[1] - reach[0]
+    lines = np.zeros((BAND, width + len(weights)), np.float32)  # weights of 0 may reach behind the last voxel
+    sums = np.empty((BAND, len(first)), np.float32)
+    picture = np.zeros((pixels, pixels), np.uint8)
+    left, right, way = run
+    backwards = (along == -1) != (way < 0)
+    for m in range(len(numbers)):
+        corner = start + numbers[m] * across + reach[0] * along
+        for top in range(0, pixels, BAND):
+            depth = min(BAND, pixels - top)
+            for r in range(depth):
+                line = lines[r, :width]
+                mix_rows(flat, corner, down, along, gain[m], offset[m], rows, top + r, line)
+                if backwards:
+                    turn(line)
+            if right > left:
+                for r in range(depth):
+                    round_means(lines[r, :width], rows[2][top + r], total[left:right], picture[top + r, left:right])
+            else:
+                narrow(lines, first, weights, sums)
+                for r in range(depth):
+                    round_means(sums[r, :pixels], rows[2][top + r], total, picture[top + r])
+        spread(picture, 0, targets[starts[m] : starts[m + 1]], turned, out)
+
+
+@compiled
+def mix_rows(
+    flat: Shaped[np.ndarray, " m"],
+    corner: int,
+    down: int,
+    along: int,
+    gain: np.float32,
+    offset: np.float32,
+    rows: Sums,
+    i: int,
+    line: Float32[np.ndarray, " w"],
+) -> None:
+    """The weighted sum of the rows of voxels that row i of a picture covers; backwards where memory is."""
+    first, weights, _ = rows
+    width = len(line)
+    if weights[i, 0] == 0:
+        line[:] = 0
+    for k in range(weights.shape[1]):
+        weight = weights[i, k]
+        if weight == 0:
+            continue
+        at = corner + (first[i] + k) * down
+        if along == 1 or along == -1:
+            low = at if along == 1 else at - width + 1
+            source = flat[low : low + width]
+            if k == 0:
+                for x in range(width):
+                    line[x] = weight * grey_level(source[x], gain, offset)
+            else:
+                for x in range(width):
+                    line[x] += weight * grey_level(source[x], gain, offset)
+        else:
+            for x in range(width):
+                line[x] = weight * grey_level(flat[at + x * along], gain, offset) + (line[x] if k else np.float32(0))
+
+
+@compiled
+def grey_level(voxel: Any, gain: np.float32, offset: np.float32) -> np.float32:
+    """Its grey level. What is no number is never more than 0, so that becomes 0. Any other form takes no vectors."""
+    return max(np.float32(0), min(np.float32(voxel) * gain + offset, np.float32(255)))
+
+
+@compiled
+def turn(line: Float32[np.ndarray, " w"]) -> None:
+    """A line in place, from its end."""
+    last = len(line) - 1
+    for x in range(len(line) // 2):
+        line[x], line[last - x] = line[last - x], line[x]
+
+
+@compiled
+def round_means(
+    sums: Float32[np.ndarray, " p"], down: np.float32, along: Float32[np.ndarray, " p"], levels: UInt8[np.ndarray, " p"]
+) -> None:
+    """Sums by the sums of their weights. NumPy's division, not Python's, whose test for 0 keeps vectors away."""
+    for j in range(len(levels)):
+        levels[j] = np.uint8(np.true_divide(sums[j], down * along[j]) + np.float32(0.5))
+
+
+@compiled
+def spread(
+    levels: UInt8[np.ndarray, "rows p"],
+    top: int,
+    targets: Int64[np.ndarray, " m"],
+    turned: bool,
+    out: UInt8[np.ndarray, " size"],
+) -> None:
+    """Write the rows of a picture from `top` on to every channel that shows it."""
+    pixels, left = levels.shape[1], 0
+    if turned:
+        levels, top, left = np.ascontiguousarray(levels.T), 0, top
+    width = levels.shape[1]
+    m = 0
+    while m < len(targets):
+        tile, channel = divmod(targets[m], 3)
+        grey = channel == 0 and m + 2 < len(targets) and targets[m + 2] == targets[m] + 2
+        for i in range(len(levels)):
+            line = levels[i]
+            at = ((tile * pixels + top + i) * pixels + left) * 3
+            to = out[at : at + width * 3]
+            if grey:
+                for j in range(width):
+                    to[3 * j] = line[j]
+                    to[3 * j + 1] = line[j]
+                    to[3 * j + 2] = line[j]
+            else:
+                for j in range(width):
+                    to[3 * j + channel] = line[j]
+        m += 3 if grey else 1
+
+
+@compiled
+def narrow(
+    lines: Float32[np.ndarray, "8 w"],
+    first: Int64[np.ndarray, " q"],
+    weights: Float32[np.ndarray, "m q"],
+    sums: Float32[np.ndarray, "8 q"],
+) -> None:
+    """Per line and place j, the sum of weights[k, j] * line[first[j] + k] over k, added up in that order.
+
+    All arrays are contiguous, q is a multiple of 8 and m of 4. A line goes on for m numbers behind its last place, and
+    they are finite.
+    """
+    taps, places = weights.shape
+    sums[:] = 0
+    for k in range(0, taps, TAPS):
+        for j in range(0, places, PIXELS):
+            _narrow_vector(lines, first, weights, k, j, sums)
+
+
+def _vector(_: Any, lines: Any, first: Any, weights: Any, k: Any, j: Any, sums: Any) -> Any:
+    """Eight sums of each line grow by four products. Four numbers are loaded at each place, then transposed."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def array(place: int) -> Any:
+            return context.make_array(signature.args[place])(context, builder, args[place])
+
+        def number(value: int) -> Any:
+            return ir.Constant(ir.IntType(64), value)
+
+        def row(of: Any, index: Any) -> Any:
+            return builder.gep(of.data, [builder.mul(builder.extract_value(of.shape, 1), index)])
+
+        def vector(base: Any, at: Any, length: int) -> Any:
+            return builder.bitcast(builder.gep(base, [at]), ir.VectorType(ir.FloatType(), length).as_pointer())
+
+        def loaded(base: Any, at: Any, length: int) -> Any:
+            return builder.load(vector(base, at, length), align=4)
+
+        def mixed(a: Any, b: Any, places: list[int]) -> Any:
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places))
+
+        lines, first, weights, sums = (array(place) for place in (0, 1, 2, 5))
+        k, j = args[3:5]
+        taps = [loaded(row(weights, builder.add(k, number(t))), j, PIXELS) for t in range(TAPS)]
+        starts = [builder.load(builder.gep(first.data, [builder.add(j, number(p))])) for p in range(PIXELS)]
+        for r in range(BAND):
+            line = builder.gep(row(lines, number(r)), [k])
+            four = [loaded(line, start, TAPS) for start in starts]
+            pairs = [mixed(four[p], four[p + 4], list(range(8))) for p in range(4)]
+            low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
+            halves = [(mixed(pairs[0], pairs[1], each), mixed(pairs[2], pairs[3], each)) for each in (low, high)]
+            low, high = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+            numbers = [mixed(half[0], half[1], each) for half in halves for each in (low, high)]
+            to = row(sums, number(r))
+            total = loaded(to, j, PIXELS)
+            for weight, values in zip(taps, numbers, strict=True):
+                total = builder.fadd(total, builder.fmul(weight, values))
+            builder.store(total, vector(to, j, PIXELS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(lines, first, weights, types.intp, types.intp, sums), generate
+
+
+_narrow_vector: Any = intrinsic(_vector)
+
+
+@compiled
+def draw_lanes(
+    flat: Shaped[np.ndarray, " m"],
+    places: Places,
+    pictures: Pictures,
+    rows: Sums,
+    columns: Sums,
+    reach: tuple[int, int],
+    turned: bool,
+    out: UInt8[np.ndarray, " size"],
+) -> None:
+    """Draw pictures of neighbouring slices together. Arguments mean what they do for `draw_rows`."""
+    start, _, down, along = places
+    numbers, gain, offset, starts, targets = pictures
+    first, weights, total = columns
+    pixels, taps = weights.shape
+    width = reach[1] - reach[0]
+    memory = np.empty((width + taps) * LANES, np.float32)
+    levels, held = np.empty((2, width * LANES), np.float32), np.empty(2, np.int64)
+    sums, means = np.empty(pixels * LANES, np.float32), np.empty(pixels, np.float32)
+    drawn = np.empty((LANES, BAND, pixels), np.uint8)
+    begin = 0
+    while begin < len(numbers):
+        end = together(numbers, gain, offset, begin)
+        base = numbers[begin]
+        lanes = numbers[end - 1] - base + 1
+        corner = start + base + reach[0] * along
+        line, behind = memory[: width * lanes], memory[width * lanes : (width + taps) * lanes]
+        behind[:] = 0  # where weights of 0 may reach
+        held[:] = -1
+        for top in range(0, pixels, BAND):
+            depth = min(BAND, pixels - top)
+            for r in range(depth):
+                mix_lanes(
+                    flat, corner, down, along, gain[begin], offset[begin], rows, top + r, lanes, levels, held, line
+                )
+                narrow_lanes(memory, reach[0], first, weights, sums, lanes)
+                for m in range(begin, end):
+                    for j in range(pixels):
+                        means[j] = sums[j * lanes + numbers[m] - base]
+                    round_means(means, rows[2][top + r], total, drawn[m - begin, r])
+            for m in range(begin, end):
+                spread(drawn[m - begin, :depth], top, targets[starts[m] : starts[m + 1]], turned, out)
+        begin = end
+
+
+@compiled
+def together(
+    numbers: Int64[np.ndarray, " m"], gain: Float32[np.ndarray, " m"], offset: Float32[np.ndarray, " m"], begin: int
+) -> int:
+    """One past the last picture that can be drawn with the picture `begin`."""
+    end = begin
+    while (
+        end < len(numbers)
+        and 0 <= numbers[end] - numbers[begin] < LANES
+        and gain[end] == gain[begin]
+        and offset[end] == offset[begin]
+    ):
+        end += 1
+    return end
+
+
+@compiled
+def mix_lanes(
+    flat: Shaped[np.ndarray, " m"],
+    corner: int,
+    down: int,
+    along: int,
+    gain: np.float32,
+    offset: np.float32,
+    rows: Sums,
+    i: int,
+    lanes: int,
+    levels: Float32[np.ndarray, "2 size"],
+    held: Int64[np.ndarray, "2"],
+    line: Float32[np.ndarray, " w*lanes"],
+) -> None:
+    """The weighted sum of the rows of voxels that row i of a picture covers.
+
+    levels, held: the last two rows as grey levels, and which they are. They are strewn over memory, so a row that two
+    rows of the picture share is read once.
+    """
+    first, weights, _ = rows
+    if weights[i, 0] == 0:
+        line[:] = 0
+    for k in range(weights.shape[1]):
+        if weights[i, k] == 0:
+            continue
+        y = first[i] + k
+        row = levels[y % 2, : len(line)]
+        if held[y % 2] != y:
+            convert_lanes(flat, corner + y * down, along, gain, offset, lanes, row)
+            held[y % 2] = y
+        add(row, weights[i, k], k == 0, line)
+
+
+@compiled
+def convert_lanes(
+    flat: Shaped[np.ndarray, " m"],
+    at: int,
+    along: int,
+    gain: np.float32,
+    offset: np.float32,
+    lanes: int,
+    levels: Float32[np.ndarray, " w*lanes"],
+) -> None:
+    """The grey levels of a row of voxels in neighbouring slices."""
+    for x in range(0, len(levels), lanes):
+        source, part = flat[at : at + lanes], levels[x : x + lanes]
+        for lane in range(lanes):
+            part[lane] = grey_level(source[lane], gain, offset)
+        at += along
+
+
+@compiled
+def add(levels: Float32[np.ndarray, " w"], weight: np.float32, begin: bool, line: Float32[np.ndarray, " w"]) -> None:
+    """Add weighted levels to a line, or begin it with them."""
+    if begin:
+        for x in range(len(levels)):
+            line[x] = weight * levels[x]
+    else:
+        for x in range(len(levels)):
+            line[x] += weight * levels[x]
+
+
+@compiled
+def narrow_lanes(
+    line: Float32[np.ndarray, " w*lanes"],
+    low: int,
+    first: Int64[np.ndarray, " p"],
+    weights: Float32[np.ndarray, "p k"],
+    sums: Float32[np.ndarray, " p*lanes"],
+    lanes: int,
+) -> None:
+    """The weighted sums of columns, for neighbouring slices at once."""
+    for j in range(len(weights)):
+        part = sums[j * lanes : (j + 1) * lanes]
+        for k in range(weights.shape[1]):
+            weight = weights[j, k]
+            at = (first[j] - low + k) * lanes
+            source = line[at : at + lanes]
+            if k == 0:
+                for lane in range(lanes):
+                    part[lane] = weight * source[lane]
+            else:
+                for lane in range(lanes):
+                    part[lane] += weight * source[lane]
