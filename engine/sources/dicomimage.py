@@ -17,7 +17,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import simplejpeg
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Float64, Int32, Int64, UInt8
 
 from patchmill.sources.series import Damaged
 
@@ -95,7 +95,7 @@ def dicom_picture(data: bytes, most: int) -> UInt8[np.ndarray, "h w 3"]:
         raise Damaged("its pixels are of another size")
     if channels == 3:
         return colour(samples, 2**stored - 1, syntax not in (*JPEG, *JPEG_2000) and colours in (FULL, HALVED))
-    values = signed(samples[:, :, 0], stored, header.get("PixelRepresentation", 0) == 1)
+    values = signed(samples[:, :, 0], stored, is_signed(header))
     if colours == PALETTE:
         return np.stack([painted(values, header, name) for name in ("Red", "Green", "Blue")], axis=2)
     return np.repeat(grey(values, header, stored)[:, :, None], 3, axis=2)
@@ -248,9 +248,14 @@ def size_of(frame: bytes, jpeg_2000: bool) -> tuple[int, int, int]:
     raise Damaged("its frame has no size")
 
 
-def signed(samples: Samples, stored: int, negative: bool) -> Int64[np.ndarray, "h w"]:
+def is_signed(header: Any) -> bool:
+    """Whether values may be below zero."""
+    return bool(header.get("PixelRepresentation", 0) == 1)
+
+
+def signed(samples: Samples, stored: int, negative: bool) -> Int32[np.ndarray, "*shape"]:
     """Values of samples: the bits that are stored, whatever lies above them. negative: they may be below zero."""
-    values: Int64[np.ndarray, "h w"] = samples.astype(np.int64) & (2**stored - 1)
+    values: Int32[np.ndarray, "*shape"] = samples.astype(np.int32) & (2**stored - 1)
     return values - ((values >> (stored - 1)) << stored) if negative else values
 
 
@@ -259,6 +264,8 @@ def signed(samples: Samples, stored: int, negative: bool) -> Int64[np.ndarray, "
 
 def colour(samples: Samples, most: int, luminance: bool) -> UInt8[np.ndarray, "h w 3"]:
     """RGB of samples up to `most`, whatever is present. luminance: they are YBR. Source: PS3.3, C.7.6.3.1.2."""
+    if samples.dtype == np.uint8 and most == 255 and not luminance:
+        return np.ascontiguousarray(samples)
     values = samples.astype(np.float32) * np.float32(255 / most)
     if luminance:
         y, blue, red = values[:, :, 0], values[:, :, 1] - 128, values[:, :, 2] - 128
@@ -272,7 +279,7 @@ def levels(whites: Float64[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
     return shown
 
 
-def painted(values: Int64[np.ndarray, "h w"], header: Any, name: str) -> UInt8[np.ndarray, "h w"]:
+def painted(values: Int32[np.ndarray, "h w"], header: Any, name: str) -> UInt8[np.ndarray, "h w"]:
     """One colour of indexed pixels. Raises Damaged for a table that is missing, cut short or in segments."""
     title = f"{name}PaletteColorLookupTable"
     first, table, bits = table_of(header, f"{title}Descriptor", f"{title}Data", header)
@@ -280,18 +287,19 @@ def painted(values: Int64[np.ndarray, "h w"], header: Any, name: str) -> UInt8[n
     return shown
 
 
-def grey(values: Int64[np.ndarray, "h w"], header: Any, stored: int) -> UInt8[np.ndarray, "h w"]:
+def grey(values: Int32[np.ndarray, "h w"], header: Any, stored: int) -> UInt8[np.ndarray, "h w"]:
     """Grey levels of values, by a table of all that may be present: every step depends on the value alone."""
     least = int(values.min())
     inputs = np.arange(least, int(values.max()) + 1)
-    measured = modality(inputs, header)
-    whites = of_interest(measured, header)
+    with np.errstate(over="raise", invalid="raise"):  # figures of a header that lead nowhere
+        measured = modality(inputs, header)
+        whites = of_interest(measured, header)
     if whites is None and measured is inputs and stored == 8 and least >= 0:
         whites = inputs / 255
     elif whites is None:
         present = np.bincount((values - least).ravel()) > 0
-        if (padding := header.get("PixelPaddingValue")) is not None:
-            outside = int(signed(np.array(words(padding)[0]), stored, header.get("PixelRepresentation", 0) == 1))
+        padding = header.get("PixelPaddingValue")
+        for outside in signed(words(b"" if padding is None else padding), stored, is_signed(header)):
             present &= inputs != outside
         found = measured[present] if present.any() else measured
         whites = (measured - found.min()) / max(float(np.ptp(found)), 1e-300)
@@ -307,8 +315,10 @@ def modality(inputs: Int64[np.ndarray, " n"], header: Any) -> Float64[np.ndarray
     if header.get("ModalityLUTSequence"):
         found, _ = through(inputs, header.ModalityLUTSequence[0], header)
         return found
-    slope, intercept = (float(header.get(f"Rescale{name}", None) or 0) for name in ("Slope", "Intercept"))
-    if "RescaleSlope" not in header or (slope, intercept) == (1, 0):
+    if header.get("RescaleSlope") is None:  # not there, or empty
+        return inputs
+    slope, intercept = float(header.RescaleSlope), float(header.get("RescaleIntercept") or 0)
+    if (slope, intercept) == (1, 0):
         return inputs
     if not (np.isfinite([slope, intercept]).all() and slope):
         raise Damaged("its rescale is no number")
@@ -322,10 +332,11 @@ def of_interest(measured: np.ndarray, header: Any) -> Float64[np.ndarray, " n"] 
         found, bits = through(measured, header.VOILUTSequence[0], header)
         whites: Float64[np.ndarray, " n"] = found / (2**bits - 1)
         return whites
-    center, width = (np.atleast_1d(header.get(f"Window{name}", [])) for name in ("Center", "Width"))
-    if not (len(center) and len(width)):
+    center, width = (header.get(f"Window{name}") for name in ("Center", "Width"))
+    if center is None or width is None:  # not there, or empty
         return None
-    return windowed(measured, float(center[0]), float(width[0]), str(header.get("VOILUTFunction") or "LINEAR"))
+    c, w = (float(np.atleast_1d(each)[0]) for each in (center, width))
+    return windowed(measured, c, w, str(header.get("VOILUTFunction") or "LINEAR"))
 
 
 def windowed(measured: np.ndarray, center: float, width: float, function: str) -> Float64[np.ndarray, " n"]:
@@ -365,7 +376,7 @@ def table_of(item: Any, descriptor: str, data: str, header: Any) -> tuple[int, I
     table = table[:length].astype(np.int64)
     if len(table) < length or not 8 <= bits <= 16 or int(table.max()) >= 2**bits:
         raise Damaged("a table is not whole")
-    return first - 65536 * (first >= 32768 and header.get("PixelRepresentation", 0) == 1), table, bits
+    return first - 65536 * (first >= 32768 and is_signed(header)), table, bits
 
 
 def words(found: Any) -> Int64[np.ndarray, " n"]:

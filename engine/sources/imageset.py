@@ -34,7 +34,7 @@ __all__ = ["PICTURES", "ImageSetSource", "Labelled", "labels_of"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")  # how names of pictures end, in any case
 MOST_BYTES = 512 << 20  # of one picture, encoded
-MOST_IMAGES = 1 << 24  # of one source
+MOST_IMAGES = 1 << 22  # of one source: their names take 300 MB
 MOST_NAME = 1 << 16  # bytes of a name that a tar tells in a record of its own
 MOST_AT_ONCE = 2 << 20  # bytes that are read of a zip in one go
 MOST_LABELS = 256 << 20  # bytes
@@ -155,11 +155,11 @@ def is_picture(name: str) -> bool:
 
 def folder(path: str) -> Holding:
     """The pictures below a folder. Raises OSError, Unreadable."""
-    names = sorted(below(path), key=os.fsencode)
+    paths = sorted(below(path), key=os.fsencode)
 
     def get(number: int) -> bytes | None:
         try:
-            return contents(os.path.join(path, names[number]))
+            return contents(os.path.join(path, paths[number]))
         except OSError as error:
             if error.errno not in ABSENT:
                 raise
@@ -167,7 +167,12 @@ def folder(path: str) -> Holding:
                 raise OSError(errno.ENOTCONN, "its folder is gone") from error
             return None
 
-    return Holding(names=names, get=get, close=lambda: None)
+    return Holding(names=[readable(name) for name in paths], get=get, close=lambda: None)
+
+
+def readable(name: str) -> str:
+    """A name that can be written as UTF-8: bytes of the file system that are none become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def below(path: str) -> Iterator[str]:
@@ -187,11 +192,13 @@ def below(path: str) -> Iterator[str]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{prefix}{entry.name}/")
-                elif is_picture(entry.name) and (
-                    entry.is_file(follow_symlinks=False)
-                    or (entry.is_symlink() and root in Path(os.path.realpath(entry.path)).parents and entry.is_file())
-                ):
+                if is_picture(entry.name) and (entry.is_file(follow_symlinks=False) or leads_inside(entry, root)):
                     yield prefix + entry.name
+
+
+def leads_inside(entry: os.DirEntry[str], root: Path) -> bool:
+    """Whether an entry is a link to a file below a folder; one that leads nowhere, or to itself, is none."""
+    return entry.is_symlink() and root in Path(os.path.realpath(entry.path)).parents and os.path.isfile(entry.path)
 
 
 def contents(path: str) -> bytes | None:
@@ -200,7 +207,7 @@ def contents(path: str) -> bytes | None:
     if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
         return None
     with open(path, "rb") as file:
-        return file.read(MOST_BYTES)
+        return file.read(status.st_size)  # Python makes room for all that is asked for
 
 
 def is_bare(path: str) -> bool:
@@ -232,7 +239,7 @@ def tar(ref: SourceRef) -> Holding:
         data = os.pread(file.fileno(), length, offset)
         return data if len(data) == length else None
 
-    return Holding(names=[name for name, _, _ in index], get=get, close=file.close)
+    return Holding(names=[readable(name) for name, _, _ in index], get=get, close=file.close)
 
 
 @lru_cache(maxsize=8)  # a worker opens its source for every shard
@@ -249,7 +256,7 @@ def members(path: str, stamp: tuple[int, int]) -> tuple[tuple[str, int, int], ..
                 beat()
             if is_picture(name):
                 found[name] = (name, offset, length)
-            if len(found) > MOST_IMAGES:
+            if number == MOST_IMAGES:
                 raise Unreadable(TOO_MANY, "make several of it")
     return tuple(sorted(found.values(), key=lambda member: os.fsencode(member[0])))
 
@@ -362,6 +369,8 @@ def npz(ref: SourceRef) -> Holding:
         splits = {split: found[f"{split}_images"] for split in SPLITS if f"{split}_images" in found}
         for member in splits.values():
             check_images(member)
+        if sum(member.shape[0] for member in splits.values()) > MOST_IMAGES:
+            raise Unreadable(TOO_MANY, "make several of it")
     except BaseException:
         file.close()
         raise
@@ -436,8 +445,8 @@ def check_images(member: Member) -> None:
         raise Unreadable(
             "its images are no pictures of 8 bits", "it should have uint8 arrays [n, h, w] or [n, h, w, 3]"
         )
-    if not 0 < shape[1] * shape[2] <= MAX_PIXELS or shape[0] > MOST_IMAGES:
-        raise Unreadable("its images have no pixels, or too many, or are too many", "make several of it")
+    if not 0 < shape[1] * shape[2] <= MAX_PIXELS:
+        raise Unreadable("its images have no pixels, or too many", "write it with images of another size")
 
 
 def unpacked(key: tuple[str, int, int], members: Sequence[Member], source: str) -> UInt8[np.ndarray, " size"]:
@@ -494,9 +503,8 @@ def labels_in(file: Bounded, found: Mapping[str, Member], split: str) -> Iterato
     try:
         with zipfile.ZipFile(file) as whole, whole.open(labels.info) as opened:
             opened.read(labels.header)
-            values = np.frombuffer(b"".join(iter(lambda: opened.read(STEP), b"")), labels.dtype).reshape(
-                labels.shape[0], -1
-            )
+            data = b"".join(iter(lambda: opened.read(STEP), b""))
+        values = np.frombuffer(data, labels.dtype).reshape(labels.shape[0], math.prod(labels.shape[1:]))
     except BROKEN as error:
         raise Unreadable(f"its labels are damaged ({type(error).__name__})", DAMAGED) from error
     for name, row in zip(names_of(split, labels.shape[0]), values.tolist(), strict=True):
