@@ -71,4 +71,4 @@ def encode_for(
             wrong = f"nothing says how values become grey levels (modality: {found})"
             raise UsageError("--intensity", wrong, f"use {', '.join(presets())}, or --window LOW,HIGH")
         asked, said = presets()[name], f"intensities {name}, since the modality is {modalities[0]}"
-    return replace(encode, intensity=asked, slab=slab or encode.slab), said
+    return replace(encode, intensity=asked, slab=encode.slab if slab is None else slab), said

@@ -135,7 +135,6 @@ def fractions(
     """How much of each tile, as far as it lies in the volume, is body: 0 to 1, by the voxels of the coarse look."""
     normal, *across = PLANE_AXES[plane]
     mask = body.mask.transpose(PLANE_AXES[plane])
-    mask = mask[np.minimum(slices // body.step[normal], len(mask) - 1)]
     integral = np.pad(mask.cumsum(axis=1, dtype=np.int32).cumsum(axis=2, dtype=np.int32), ((0, 0), (1, 0), (1, 0)))
     edges = []
     for axis, length, start in zip(across, mask.shape[1:], corner, strict=True):
@@ -148,10 +147,9 @@ def fractions(
         integral[:, bottom[:, None], right] - integral[:, top[:, None], right]
         - integral[:, bottom[:, None], left] + integral[:, top[:, None], left]
     )  # fmt: skip
-    share: Float32[np.ndarray, "n rows columns"] = (held / ((bottom - top)[:, None] * (right - left))).astype(
-        np.float32
-    )
-    return share
+    shares = (held / ((bottom - top)[:, None] * (right - left))).astype(np.float32)  # of the coarse look's slices
+    found: Float32[np.ndarray, "n rows columns"] = shares[np.minimum(slices // body.step[normal], len(mask) - 1)]
+    return found
 
 
 def ordered(plan: VolumePlan) -> VolumePlan:

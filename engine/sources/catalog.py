@@ -140,6 +140,15 @@ def series_of(path: Path) -> Sequence[SliceHeader]:
         return ()
 
 
+def is_damaged(path: Path) -> bool:
+    """Whether a file is one of DICOM whose header cannot be read."""
+    try:
+        slice_header_of(path)
+    except (OSError, Damaged):
+        return True
+    return False
+
+
 @cache  # for one call of `find_sources`
 def volumes_in(folder: Path) -> Mapping[str, Sequence[SliceHeader]]:
     """`series_within`."""
@@ -228,10 +237,10 @@ def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[Catal
             elif is_zarr_volume(path) or (kind == "volume" and is_stack(path)):
                 folders.remove(name)
                 found += [plain(relative, path, "volume")] if kind in (None, "volume") else []
+        told = {here / name: is_slide(here / name) for name in files}
+        unknown += [path for path, slide in told.items() if slide is None]
         if kind in (None, "slide"):
-            told = {here / name: is_slide(here / name) for name in files}
             found += [entry(path.relative_to(base).as_posix(), path) for path, slide in told.items() if slide]
-            unknown += [path for path, slide in told.items() if slide is None]
         if kind in (None, "volume"):
             found += volumes(here, base, files, kind)
         pictures |= {here for name in files if Path(name).suffix.lower() in PICTURE_SUFFIXES}
@@ -262,7 +271,7 @@ def volumes(here: Path, base: Path, files: Sequence[str], kind: Kind | None) -> 
     for name in files:
         path = here / name
         suffixes = (*VOLUME_SUFFIXES, ".tif", ".tiff") if kind == "volume" else VOLUME_SUFFIXES
-        if name.lower().endswith(suffixes):
+        if name.lower().endswith(suffixes) or (may_be_dicom(path) and is_damaged(path)):
             yield plain(path.relative_to(base).as_posix(), path, "volume")
     if any(may_be_dicom(here / name) for name in files):
         try:

@@ -10,8 +10,12 @@ from pathlib import Path
 from patchmill.errors import SourceError
 from patchmill.sources.dicomseries import SliceHeader, series_of
 from patchmill.sources.files import failure
+from patchmill.sources.itk import beside, header_of
+from patchmill.sources.nifti import image_of
 from patchmill.sources.omezarr import ATTRIBUTES, is_ome_zarr
 from patchmill.sources.series import Damaged, Header, levels_of
+from patchmill.sources.tiff import Unsupported
+from patchmill.types import SourceRef
 
 __all__ = ["content_fingerprint", "parts"]
 
@@ -25,7 +29,7 @@ DESCRIBING = (*ATTRIBUTES, ".zarray", ".zgroup")  # always looked into
 def content_fingerprint(
     path: str, full: bool = False, source: str = "source", beat: Callable[[], None] = lambda: None
 ) -> str:
-    """'sampled:SIZE:SHA256' or 'full:SIZE:SHA256' of a file, with the companion folder of an MRXS.
+    """'sampled:SIZE:SHA256' or 'full:SIZE:SHA256' of a file, with the folder of an MRXS or a header's voxels.
 
     Of a DICOM series, all level files, whichever of them is named; not those of labels, which are never read.
 
@@ -80,9 +84,30 @@ def parts(path: Path) -> Iterator[tuple[str, Path]]:
         yield from below(path)
         return
     yield "", path
+    if (voxels := voxels_beside(path)) is not None:
+        yield voxels
     companion = path.with_suffix("")
     if path.suffix.lower() == ".mrxs" and companion.is_dir():
         yield from below(companion)
+
+
+def voxels_beside(path: Path) -> tuple[str, Path] | None:
+    """The file beside a volume's header that holds its voxels; None where there is none, or nobody finds out.
+
+    Its name is the one that a header calls it by, or would if it were called `slide.hdr`.
+    """
+    ref = SourceRef(id="source", path=str(path))
+    try:
+        match path.suffix.lower():
+            case ".hdr":
+                image = Path(image_of(ref))
+                return f"slide{image.name[len(path.stem) :]}", image
+            case ".mhd" | ".nhdr":
+                name = header_of(ref).file
+                return (name, Path(beside(ref, name))) if name else None
+    except (SourceError, Unsupported):  # opening it tells what is wrong
+        return None
+    return None
 
 
 def below(folder: Path) -> list[tuple[str, Path]]:

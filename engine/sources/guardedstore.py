@@ -1,18 +1,23 @@
 """The files of one Zarr array, read with suspicion: codecs believe what a chunk says of itself.
 
 A Blosc chunk that was cut short is filled up with whatever lies in memory, and a compressed byte may stand for a
-million (numcodecs 0.16). So a chunk's own figures are compared with its array's before it is decoded.
+million (numcodecs 0.16). So a chunk's own figures are compared with its array's before it is decoded, and where it has
+none that bind a decoder it is decoded twice, the first time no further than it may reach.
 """
 
 import errno
+import math
 import os
 import stat
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
+import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, RangeByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
@@ -21,6 +26,8 @@ __all__ = ["UnsafeError", "open_guarded"]
 METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 KNOWN = {"bytes", "transpose", "zstd", "gzip", "zlib", "blosc", "crc32c", "sharding_indexed"}
 MOST_BYTES = 256 << 20  # of one chunk, decoded
+COMPRESSORS = ("blosc", "zstd", "gzip", "zlib")
+MOST_SHARD_CHUNKS = 1 << 20  # chunks of one shard: zarr holds 16 bytes of index for each
 ZSTD = 0xFD2FB528
 
 
@@ -29,29 +36,39 @@ class UnsafeError(Exception):
 
 
 class GuardedStore(LocalStore):
-    """A folder of chunks. Whatever is no regular file in it, or says of itself what cannot be, is an error."""
+    """A folder of chunks. Whatever is no regular file in it, or would decode to more than it should, is an error."""
 
     codecs: Sequence[str] = ()  # of the array, from the pixels to the file; known once it is open
     chunk = 0  # bytes of a decoded chunk
+    shard = 0  # chunks of a shard; 0 where chunks are files
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """The bytes of a file; None if there is none, which stands for the fill value. Raises OSError, UnsafeError."""
+        """The bytes of a file or of a part of it; None if there is none, which stands for the fill value.
+
+        Raises OSError, UnsafeError, and what zlib and Zstandard raise.
+        """
         path = Path(self.root) / key
         try:
-            mode = os.stat(path).st_mode
+            status = os.stat(path)
         except FileNotFoundError:
             if key not in METADATA and not any((Path(self.root) / name).is_file() for name in METADATA):
                 raise  # all of it is gone: moved, or no longer mounted
             return None
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "no regular file")
         if Path(os.path.realpath(self.root)) not in Path(os.path.realpath(path)).parents:
             raise UnsafeError("a link leads out of it")
+        if key in METADATA:
+            return await super().get(key, prototype, byte_range)
+        if byte_range is None and status.st_size > max(self.shard, 1) * (longest(self.chunk) + 16):
+            raise UnsafeError("longer than its pixels")
         found = await super().get(key, prototype, byte_range)
-        if found is not None and key not in METADATA and byte_range is None and "sharding_indexed" not in self.codecs:
-            check_chunk(found.as_numpy_array()[:32].tobytes(), len(found), self.codecs, self.chunk)
+        if found is not None and (byte_range is None or isinstance(byte_range, RangeByteRequest)):
+            data = memoryview(found.to_bytes())
+            for chunk in chunks_in(data, self.shard) if self.shard and byte_range is None else (data,):
+                check_growth(chunk, self.codecs, self.chunk)
         return found
 
 
@@ -64,12 +81,21 @@ def open_guarded(path: Path) -> Any:
         raise UnsafeError(f"codec {', '.join(sorted(unknown))}")
     if {"sharding_indexed", "blosc"} <= set(codecs):
         raise UnsafeError("blosc inside shards")
-    size = array.dtype.itemsize
-    for side in array.chunks:
-        size *= side
+    if sum(codec in COMPRESSORS for codec in codecs) > 1:
+        raise UnsafeError("two compressors")
+    size = array.dtype.itemsize * math.prod(array.chunks)
     if not 0 < size <= MOST_BYTES:
         raise UnsafeError(f"chunks of {size >> 20} MiB")
     store.codecs, store.chunk = codecs, size
+    if "sharding_indexed" in codecs:
+        (sharding, *others) = array.metadata.to_dict()["codecs"]
+        how = sharding["configuration"]
+        index = [codec["name"] for codec in how["index_codecs"]]
+        if others or how.get("index_location", "end") != "end" or index != ["bytes", "crc32c"]:
+            raise UnsafeError("shards other than with an index and its checksum at their end")
+        store.shard = math.prod(whole // part for whole, part in zip(array.shards, array.chunks, strict=True))
+        if not 0 < store.shard <= MOST_SHARD_CHUNKS:
+            raise UnsafeError(f"{store.shard} chunks in a shard")
     return array
 
 
@@ -92,7 +118,7 @@ def check_chunk(head: bytes, length: int, codecs: Sequence[str], chunk: int) -> 
 
     Sources: c-blosc, README_CHUNK_FORMAT; RFC 8878, 3.1.1.1 for Zstandard.
     """
-    if length > chunk + chunk // 8 + 4096:
+    if length > longest(chunk):
         raise UnsafeError("longer than its pixels")
     if "blosc" in codecs:
         stored = length - 4 * ("crc32c" in codecs)
@@ -104,3 +130,38 @@ def check_chunk(head: bytes, length: int, codecs: Sequence[str], chunk: int) -> 
         width = (single, 2, 4, 8)[flag]
         if int.from_bytes(head[start : start + width], "little") > chunk:
             raise UnsafeError("more than its pixels")
+
+
+def chunks_in(shard: memoryview, count: int) -> Iterator[memoryview]:
+    """The chunks of a whole shard that its index names. Source: Zarr specification 3, codec sharding_indexed."""
+    if len(shard) < 16 * count + 4:
+        raise UnsafeError("a shard without its index")
+    index = np.frombuffer(shard[-16 * count - 4 : -4], "<u8").reshape(count, 2)
+    for offset, length in index[index[:, 0] != np.iinfo(np.uint64).max].tolist():  # else it is not there
+        yield shard[offset : offset + length]
+
+
+def check_growth(data: memoryview, codecs: Sequence[str], chunk: int) -> None:
+    """Raise UnsafeError for an encoded chunk that would decode to more than `chunk` bytes, and what zlib raises.
+
+    gzip has no size to be trusted, and Zstandard need not tell one: such chunks are decoded once more, to that size.
+    """
+    check_chunk(bytes(data[:32]), len(data), codecs, chunk)
+    data = data[:-4] if codecs and codecs[-1] == "crc32c" else data
+    if "gzip" in codecs or "zlib" in codecs:
+        decoder, size = zlib.decompressobj(zlib.MAX_WBITS | 32), 0
+        left: bytes | memoryview = data
+        while left and not decoder.eof:
+            size += len(decoder.decompress(left, 1 << 20))
+            left = decoder.unconsumed_tail
+            if size > chunk:
+                raise UnsafeError("more than its pixels")
+        if decoder.unused_data.strip(b"\0"):
+            raise UnsafeError("bytes behind its end")
+    if "zstd" in codecs and int.from_bytes(data[:4], "little") == ZSTD and not data[4] >> 5:  # no size is told
+        imagecodecs.zstd_decode(bytes(data), out=chunk)
+
+
+def longest(chunk: int) -> int:
+    """Bytes that a chunk of so many may have when encoded."""
+    return chunk + chunk // 8 + 4096

@@ -17,6 +17,7 @@ from patchmill.types import SourceRef
 __all__ = ["stage", "unstage"]
 
 PIECE = 8 << 20  # bytes copied between two signs of life
+HEADERS = frozenset({".hdr", ".mhd", ".nhdr"})  # of volumes, which name the file beside them
 SCATTERED = frozenset({".vms", ".vmu"})  # their pixels lie in files that only the slide itself names
 
 
@@ -53,6 +54,8 @@ def place_of(name: str, slide: Path) -> Path:
     """Where a further file of a source goes: beside a file of a series, in the folder of an MRXS or an OME-Zarr."""
     if slide.is_dir():  # OME-Zarr
         return Path(f"slide{slide.suffix}") / name
+    if slide.suffix.lower() in HEADERS:
+        return Path(name)
     return Path("slide") / name if slide.suffix.lower() == ".mrxs" else Path(f"{name}{slide.suffix}")
 
 

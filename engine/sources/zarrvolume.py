@@ -11,22 +11,18 @@ import json
 import math
 import os
 import stat
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import zarr
 from jaxtyping import Float64
-from zarr.abc.store import ByteRequest, RangeByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
 
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.files import failure
-from patchmill.sources.guardedstore import METADATA, ZSTD, GuardedStore, UnsafeError, check_chunk, open_guarded
+from patchmill.sources.guardedstore import UnsafeError, open_guarded
 from patchmill.sources.omezarr import MOST_ATTRIBUTES, MOST_SIDE, UNITS, inside, multiscale
 from patchmill.sources.tiff import Unsupported
 from patchmill.types import SourceRef
@@ -35,8 +31,6 @@ __all__ = ["ZarrVolume", "affine_of", "frame_of", "is_zarr_volume", "kept_as", "
 
 Spacing = tuple[float, float, float]
 SPACE = ("x", "y", "z")
-MOST_SHARD_CHUNKS = 1 << 20  # chunks of one shard: zarr holds 16 bytes of index for each
-COMPRESSORS = ("blosc", "zstd", "gzip", "zlib")
 UNTOLD = ("nothing tells its spacing", "use --voxel X,Y,Z in millimetres")
 
 
@@ -54,7 +48,7 @@ class ZarrVolume:
             if not stat.S_ISDIR(os.stat(ref.path).st_mode):
                 raise Unsupported("no folder")
             facts = described(ref.path)
-            self._array = open_bounded(facts.folder)
+            self._array = open_guarded(facts.folder)
             if (self._array.shape, self._array.dtype) != (facts.shape, facts.dtype):
                 raise UnsafeError("metadata that changed while it was opened")
             chosen = frame_of(dict(zip(facts.axes, facts.shape, strict=True)), ref)
@@ -281,86 +275,3 @@ def in_space(axes: Sequence[str], sizes: Sequence[int]) -> tuple[int, int, int]:
     """What is told along an array's axes, along x, y, z."""
     x, y, z = (int(sizes[axes.index(axis)]) for axis in SPACE)
     return x, y, z
-
-
-# ------------------------------------------------------------------------------------------------------------- chunks
-
-
-class BoundedStore(GuardedStore):
-    """A folder of chunks, none of which decodes to more than it should, whether or not it says so; shards included."""
-
-    shard = 0  # chunks of a shard; 0 where chunks are files
-
-    async def get(
-        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        """The bytes of a file or of a part of it; None if there is none. Raises OSError, UnsafeError."""
-        try:
-            size = os.stat(Path(self.root) / key).st_size
-        except OSError:
-            size = 0  # which what follows tells
-        if key in METADATA:
-            return await super().get(key, prototype, byte_range)
-        if byte_range is None and size > max(self.shard, 1) * (longest(self.chunk) + 16):
-            raise UnsafeError("longer than its voxels")
-        found = await super().get(key, prototype, byte_range)
-        if found is not None and (byte_range is None or isinstance(byte_range, RangeByteRequest)):
-            data = memoryview(found.to_bytes())
-            for chunk in chunks_in(data, self.shard) if self.shard and byte_range is None else (data,):
-                check_growth(chunk, self.codecs, self.chunk)
-        return found
-
-
-def open_bounded(folder: Path) -> Any:
-    """The array in a folder. Raises UnsafeError for one that cannot be read safely, and whatever zarr raises."""
-    array = open_guarded(folder)
-    guarded = array.store
-    if sum(codec in COMPRESSORS for codec in guarded.codecs) > 1:
-        raise UnsafeError("two compressors")
-    store = BoundedStore(folder, read_only=True)
-    store.codecs, store.chunk = guarded.codecs, guarded.chunk
-    if "sharding_indexed" in guarded.codecs:
-        (sharding, *others) = array.metadata.to_dict()["codecs"]
-        how = sharding["configuration"]
-        index = [codec["name"] for codec in how["index_codecs"]]
-        if others or how.get("index_location", "end") != "end" or index != ["bytes", "crc32c"]:
-            raise UnsafeError("shards other than with an index and its checksum at their end")
-        store.shard = math.prod(whole // part for whole, part in zip(array.shards, array.chunks, strict=True))
-        if not 0 < store.shard <= MOST_SHARD_CHUNKS:
-            raise UnsafeError(f"{store.shard} chunks in a shard")
-    return zarr.open_array(store=store, mode="r")
-
-
-def chunks_in(shard: memoryview, count: int) -> Iterator[memoryview]:
-    """The chunks of a whole shard that its index names. Source: Zarr specification 3, codec sharding_indexed."""
-    if len(shard) < 16 * count + 4:
-        raise UnsafeError("a shard without its index")
-    index = np.frombuffer(shard[-16 * count - 4 : -4], "<u8").reshape(count, 2)
-    for offset, length in index[index[:, 0] != np.iinfo(np.uint64).max].tolist():  # else it is not there
-        yield shard[offset : offset + length]
-
-
-def check_growth(data: memoryview, codecs: Sequence[str], chunk: int) -> None:
-    """Raise UnsafeError for an encoded chunk that would decode to more than `chunk` bytes, and what zlib raises.
-
-    gzip has no size to be trusted, and Zstandard need not tell one: such chunks are decoded once more, to that size.
-    """
-    check_chunk(bytes(data[:32]), len(data), codecs, chunk)
-    data = data[:-4] if codecs and codecs[-1] == "crc32c" else data
-    if "gzip" in codecs or "zlib" in codecs:
-        decoder, size = zlib.decompressobj(zlib.MAX_WBITS | 32), 0
-        left: bytes | memoryview = data
-        while left and not decoder.eof:
-            size += len(decoder.decompress(left, 1 << 20))
-            left = decoder.unconsumed_tail
-            if size > chunk:
-                raise UnsafeError("more than its voxels")
-        if decoder.unused_data.strip(b"\0"):
-            raise UnsafeError("bytes behind its end")
-    if "zstd" in codecs and int.from_bytes(data[:4], "little") == ZSTD and not data[4] >> 5:  # no size is told
-        imagecodecs.zstd_decode(bytes(data), out=chunk)
-
-
-def longest(chunk: int) -> int:
-    """Bytes that a chunk of so many may have when encoded."""
-    return chunk + chunk // 8 + 4096

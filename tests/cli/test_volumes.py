@@ -9,6 +9,8 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
+import zarr
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
@@ -269,6 +271,7 @@ def test_options_of_another_kind_of_source_are_refused(embed, patchmill, tmp_pat
         (("--intensity", "mri", "--planes", "diagonal"), "no plane is called 'diagonal'"),
         (("--intensity", "mri", "--voxel", "1,2"), "'1,2' are not 3 numbers"),
         (("--intensity", "mri", "--slab", 2), "2 slices do not fit"),
+        (("--intensity", "mri", "--slab", 0), "0 slices do not fit"),
     ):
         ran = embed(tmp_path / "archive", volume, *options)
         assert ran.code == 2
@@ -285,3 +288,58 @@ def test_the_template_that_nilearn_ships(embed, tmp_path):
     assert ran.code == 0, ran.err
     (outcome,) = json.loads(ran.out)["outcomes"]
     assert outcome["rows"] >= 10
+
+
+def test_copies_on_a_local_disk_change_no_vector(embed, tmp_path):
+    """Of whatever a source is made of: one file, a header and its voxels, a series, a folder of chunks or pictures."""
+    voxels = ball()
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    write_nifti(sources / "one.nii.gz", voxels)
+    nibabel.save(nibabel.Nifti1Pair(voxels, np.diag([2.0, 2, 2, 1])), sources / "pair.hdr")
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(voxels), sources / "meta.mhd")
+    write_ct(sources / "ct", voxels + 1000)
+    array = zarr.create_array(sources / "v.zarr", shape=voxels.shape, chunks=(16, 16, 16), dtype="int16")
+    array[:] = voxels
+    (tmp_path / "disk").mkdir()
+    options = ("--window", "0,200", "--voxel", "2,2,2", "--planes", "axial", "--json")
+    plain = json.loads(embed(tmp_path / "a", sources, *options).out)
+    (tmp_path / "b.private").mkdir(mode=0o700)
+    (tmp_path / "b.private" / "site.key").write_bytes((tmp_path / "a.private" / "site.key").read_bytes())
+    staged = json.loads(embed(tmp_path / "b", sources, *options, "--stage", tmp_path / "disk").out)
+    assert [each["outcome"] for each in staged["outcomes"]] == ["complete"] * 5, staged["outcomes"]
+    assert digests(tmp_path / "b") == digests(tmp_path / "a")
+    assert len(plain["outcomes"]) == 5
+    assert not list((tmp_path / "disk").iterdir())
+
+
+def digests(path):
+    archive = Archive.open(path)
+    stores = {source: archive.source(source) for source in archive.source_ids()}
+    return {source: [store.completion(*pair).digest for pair in store.embedded()] for source, store in stores.items()}
+
+
+def test_voxels_beside_a_header_that_have_changed_are_noticed(embed, tmp_path):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(ball()), tmp_path / "meta.mhd")
+    nibabel.save(nibabel.Nifti1Pair(ball(), np.diag([2.0, 2, 2, 1])), tmp_path / "pair.hdr")
+    for name, data in (("meta.mhd", "meta.raw"), ("pair.hdr", "pair.img")):
+        archive = tmp_path / f"archive-{name}"
+        assert embed(archive, tmp_path / name, "--window", "0,200").code == 0
+        changed = bytearray((tmp_path / data).read_bytes())
+        changed[5000] ^= 1
+        (tmp_path / data).write_bytes(changed)
+        ran = embed(archive, tmp_path / name, "--window", "0,200", "--pixels", 64, "--json")
+        assert "its content has changed" in ran.out
+
+
+def test_a_damaged_slice_at_the_end_of_a_series_is_told(embed, tmp_path):
+    """Without it the series is regular: one slice shorter, and nobody would know."""
+    series = write_ct(tmp_path / "series", ball() + 1000)
+    with (series / "slice023").open("r+b") as file:
+        file.seek(300)
+        file.write(b"\xff" * 80)
+    ran = embed(tmp_path / "archive", series, "--window", "0,200", "--json")
+    assert ran.code == 1
+    outcomes = {Path(each["path"]).name: each for each in json.loads(ran.out)["outcomes"]}
+    assert outcomes["slice000"]["wrong"] == ""
+    assert outcomes["slice023"]["outcome"] == "failed"

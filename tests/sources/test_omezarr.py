@@ -1,5 +1,6 @@
 """OME-Zarr slides: both versions of the layout, any order of axes, damage chunk by chunk, and folders as sources."""
 
+import gzip
 import json
 import os
 import shutil
@@ -304,3 +305,21 @@ def test_copies_are_whole_or_none(tmp_path):
         stage(replace(ref(linked), id="linked"), str(tmp_path))
     with pytest.raises(SourceError, match="ELOOP"):
         content_fingerprint(str(linked))
+
+
+def test_a_gzip_chunk_that_would_grow_is_not_decoded(tmp_path, monkeypatch):
+    path = write(tmp_path / "slide.ome.zarr")
+    array = path / "0" / "zarr.json"
+    about = json.loads(array.read_text())
+    about["codecs"] = [codec for codec in about["codecs"] if codec["name"] != "zstd"]
+    about["codecs"].append({"name": "gzip", "configuration": {"level": 1}})
+    array.write_text(json.dumps(about))
+    chunks = sorted(file for file in (path / "0" / "c").rglob("*") if file.is_file())
+    for file in chunks:
+        file.write_bytes(gzip.compress(bytes(40 << 20), 9))
+    assert chunks[0].stat().st_size < 50_000  # no longer than the chunk's pixels
+    monkeypatch.setattr(numcodecs.GZip, "decode", lambda *_: pytest.fail("decoded"))
+    slide = open_slide(ref(path))
+    with pytest.raises(SourceError, match="undecodable"):
+        slide.read(0, 0, 0, 100, 100)
+    slide.close()
