@@ -271,6 +271,7 @@ def volumes(here: Path, base: Path, files: Sequence[str], kind: Kind | None) -> 
     for name in files:
         path = here / name
         suffixes = (*VOLUME_SUFFIXES, ".tif", ".tiff") if kind == "volume" else VOLUME_SUFFIXES
+        # A damaged slice would leave its series shorter with nobody told: by itself it fails.
         if name.lower().endswith(suffixes) or (may_be_dicom(path) and is_damaged(path)):
             yield plain(path.relative_to(base).as_posix(), path, "volume")
     if any(may_be_dicom(here / name) for name in files):

@@ -75,7 +75,7 @@ class GuardedStore(LocalStore):
 def open_guarded(path: Path) -> Any:
     """The array in a folder. Raises UnsafeError for one that cannot be read safely, and whatever zarr raises."""
     store = GuardedStore(path, read_only=True)
-    array = zarr.open_array(store=store, mode="r")
+    array: Any = zarr.open_array(store=store, mode="r")  # its metadata are either version's
     codecs = codecs_of(array.metadata.to_dict())
     if unknown := set(codecs) - KNOWN:
         raise UnsafeError(f"codec {', '.join(sorted(unknown))}")

@@ -9,6 +9,7 @@ from patchmill.errors import SourceError
 from patchmill.sources import PatientImages
 from patchmill.stream.batcher import Batcher
 from patchmill.stream.clock import StageClock
+from patchmill.stream.commit import commit
 from patchmill.types import VALID_GOOD, VALID_UNREADABLE, ImagePlan, Shard, ShardResult, View
 
 __all__ = ["embed_images"]
@@ -55,12 +56,4 @@ def embed_images(
         with clock.stage("encode"):
             batcher.wait(opened)
         vectors = opened.vectors
-    with clock.stage("write"):
-        store.commit(shard, vectors, valid, provenance)
-    return ShardResult(
-        shard=shard,
-        seconds=clock.seconds,
-        pixels_read=shard.rows,
-        pixels_covered=shard.rows,
-        unreadable=int((valid == VALID_UNREADABLE).sum()),
-    )
+    return commit(shard, vectors, valid, store, provenance, clock, read=shard.rows, covered=shard.rows)

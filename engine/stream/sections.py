@@ -12,6 +12,7 @@ from patchmill.plan import Sections, chunks_in, runs, sections
 from patchmill.sources import Box, Grid, PatientVolume, box_of, cut, greys_of, grid_of
 from patchmill.stream.batcher import Batcher
 from patchmill.stream.clock import StageClock
+from patchmill.stream.commit import commit
 from patchmill.types import VALID_GOOD, VALID_UNREADABLE, Shard, ShardResult, View, VolumePlan
 
 __all__ = ["embed_sections"]
@@ -57,15 +58,7 @@ def embed_sections(
         with clock.stage("encode"):
             batcher.wait(opened)
         vectors = opened.vectors
-    with clock.stage("write"):
-        store.commit(shard, vectors, valid, provenance)
-    return ShardResult(
-        shard=shard,
-        seconds=clock.seconds,
-        pixels_read=read,
-        pixels_covered=covered,
-        unreadable=int((valid == VALID_UNREADABLE).sum()),
-    )
+    return commit(shard, vectors, valid, store, provenance, clock, read=read, covered=covered)
 
 
 def readable(

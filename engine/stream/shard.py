@@ -11,6 +11,7 @@ from patchmill.plan import blocks
 from patchmill.sources import PatientSlide
 from patchmill.stream.batcher import Batcher
 from patchmill.stream.clock import StageClock
+from patchmill.stream.commit import commit
 from patchmill.stream.mosaic import Mosaic, readable_tiles
 from patchmill.types import VALID_GOOD, VALID_UNREADABLE, Shard, ShardResult, SlidePlan
 
@@ -48,12 +49,6 @@ def embed_shard(
         with clock.stage("encode"):
             batcher.wait(opened)
         vectors = opened.vectors
-    with clock.stage("write"):
-        store.commit(shard, vectors, valid, provenance)
-    return ShardResult(
-        shard=shard,
-        seconds=clock.seconds,
-        pixels_read=mosaic.pixels_decoded,
-        pixels_covered=shard.rows * plan.extent**2,
-        unreadable=int((valid == VALID_UNREADABLE).sum()),
+    return commit(
+        shard, vectors, valid, store, provenance, clock, read=mosaic.pixels_decoded, covered=shard.rows * plan.extent**2
     )

@@ -10,17 +10,19 @@ REAL = -1  # as a rate: EfficientNet-Lite0 in place of the null encoder
 
 SCRIPT = f"""
 import sys
-from patchmill import EncodeSettings, PlanSettings, RunSettings, embed
+from patchmill import EncodeSettings, PlanSettings, RunSettings, VolumeSettings, embed
 from patchmill.cluster import Doors
 from patchmill.testing.encoders import null_doors, open_any
 
 archive, rate, workers, *sources = sys.argv[1:]
 real = int(rate) == {REAL}
 encoder, untrained = ("efficientnet-lite0", None) if real else ("null", int(rate))
+volumes = sources[0].endswith(".nii.gz")
 report = embed(
     sources,
     archive,
-    plan=PlanSettings(tile=64, tissue="none"),
+    plan=VolumeSettings(tissue="none") if volumes else PlanSettings(tile=64, tissue="none"),
+    intensity="as-is" if volumes else None,
     encode=EncodeSettings(encoder=encoder, precision="fp32", untrained=untrained, pixels=64),
     run=RunSettings(workers=int(workers), shard_rows=16),
     doors=Doors(open_slide=open_any) if real else null_doors(),

@@ -6,6 +6,8 @@ import signal
 import time
 from contextlib import suppress
 
+import nibabel
+import numpy as np
 import psutil
 import pytest
 
@@ -42,12 +44,22 @@ def write_slides(folder):
     return slides
 
 
-def kill_and_resume(folder, start, finish, *, kills, rate, longest):
+def write_volumes(folder):
+    """Two volumes that each worker spools anew, of 480 slices each."""
+    volumes = []
+    for seed in range(2):
+        volumes.append(folder / f"volume{seed}.nii.gz")
+        voxels = np.random.default_rng(seed).integers(1, 256, (64, 64, 16 * SHARDS // 2)).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1, 1, 3, 1])), volumes[-1])
+    return volumes
+
+
+def kill_and_resume(folder, start, finish, *, kills, rate, longest, write=write_slides):
     """Kill runs at random instants, `longest` seconds at most after their start, then let one finish; check everything.
 
     Returns how many of the killed runs had committed something.
     """
-    slides = write_slides(folder)
+    slides = write(folder)
     quiet, archive = folder / "quiet", folder / "archive"
     finish(quiet, *slides, rate=min(rate, 0))
     # the same site key, so that the two archives have the same ids
@@ -95,6 +107,12 @@ def test_fifty_kills(tmp_path, start, finish):
 @pytest.mark.slow
 def test_kills_of_a_real_encoder(tmp_path, start, finish):
     assert kill_and_resume(tmp_path, start, finish, kills=6, rate=REAL, longest=9) >= 1
+
+
+@pytest.mark.slow
+def test_kills_amid_volumes(tmp_path, start, finish):
+    kills = {"kills": 10, "rate": 60, "longest": 4}
+    assert kill_and_resume(tmp_path, start, finish, **kills, write=write_volumes) >= 1
 
 
 @pytest.mark.parametrize("started", ["nanny", "worker", "shard"])
