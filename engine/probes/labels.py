@@ -18,6 +18,7 @@ class Label:
     """One line of the CSV: the label of a tile, or of a source with all its tiles."""
 
     source: str  # source id
+    origin: str  # what is of one piece: the source, but of an image set the image, since nobody says whose they are
     row: int | None  # row of the source's plan; None: the whole source
     label: str
     split: str | None  # train or test
@@ -55,14 +56,15 @@ def read_labels(path: Path, archive: Archive, choice: Choice) -> tuple[Label, ..
             what = "this source" if row is None else f"tile {row} of this source"
             raise UsageError(where, f"{what} is labelled in line {seen[ref.id, row]} already", "keep one of them")
         seen[ref.id, row] = number
-        alone = f"{ref.id}/{row}" if "image" in columns else ref.id  # nobody says whose the images of a set are
+        origin = f"{ref.id}/{row}" if "image" in columns else ref.id
         labels.append(
             Label(
                 source=ref.id,
+                origin=origin,
                 row=row,
                 label=_value(line, "label", where),
                 split=_split(line, where) if "split" in columns else None,
-                group=_value(line, "group", where) if "group" in columns else ref.subject or alone,
+                group=_value(line, "group", where) if "group" in columns else ref.subject or origin,
             )
         )
     return tuple(labels)

@@ -101,7 +101,7 @@ def probe_knn(
         )
     labels = read_labels(labels_csv, archive, choice)
     tiles, notes = _gather(archive, labels, choice)
-    split = make_split(*zip(*((one.split, one.group, one.source) for one in tiles.labels), strict=True))
+    split = make_split(*zip(*((one.split, one.group, one.origin) for one in tiles.labels), strict=True))
     names = sorted({one.label for one in tiles.labels})
     truth = np.array([names.index(one.label) for one in tiles.labels], np.int64)
     if len(np.unique(truth[split.train])) < 2:

@@ -28,7 +28,7 @@ class Split:
         return int(self.train.sum() - sizes[self.fold[self.test]].max())
 
 
-def make_split(split: Sequence[str | None], group: Sequence[str], source: Sequence[str]) -> Split:
+def make_split(split: Sequence[str | None], group: Sequence[str], origin: Sequence[str]) -> Split:
     """The split of n tiles: by their `split` where they have one, else leave one group out, else leave one tile out.
 
     Raises UsageError if train or test would be empty.
@@ -51,7 +51,7 @@ def make_split(split: Sequence[str | None], group: Sequence[str], source: Sequen
             notes=_leaks(len(both), "are in train and in test"),
         )
     if len(names) > 1:
-        spread = _spread(member, source)
+        spread = _spread(member, origin)
         return Split(
             rule=f"leave one of {len(names)} groups out",
             train=everywhere,
@@ -71,10 +71,10 @@ def make_split(split: Sequence[str | None], group: Sequence[str], source: Sequen
     )
 
 
-def _spread(member: Int64[np.ndarray, " n"], source: Sequence[str]) -> int:
-    """Number of groups that share a source with another group."""
+def _spread(member: Int64[np.ndarray, " n"], origin: Sequence[str]) -> int:
+    """Number of groups that share an origin with another group."""
     groups: dict[str, set[int]] = {}
-    for name, number in zip(source, member.tolist(), strict=True):
+    for name, number in zip(origin, member.tolist(), strict=True):
         groups.setdefault(name, set()).add(number)
     return len(set().union(*(numbers for numbers in groups.values() if len(numbers) > 1)))
 

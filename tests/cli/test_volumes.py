@@ -343,3 +343,20 @@ def test_a_damaged_slice_at_the_end_of_a_series_is_told(embed, tmp_path):
     outcomes = {Path(each["path"]).name: each for each in json.loads(ran.out)["outcomes"]}
     assert outcomes["slice000"]["wrong"] == ""
     assert outcomes["slice023"]["outcome"] == "failed"
+
+
+def test_of_an_image_set_leaks_are_told_by_group_alone(patchmill, embed, tmp_path):
+    """Its images are of many patients: that they are one source says nothing."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    lines = ["source,image,label,group"]
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 80, (32, 32)) + 100 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+        lines.append(f"images,{number}.png,{['dark', 'light'][number % 2]},case{number // 4}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    assert embed(tmp_path / "archive", folder, "--as", "images", "--pixels", 64).code == 0
+    ran = patchmill("probe", "knn", tmp_path / "archive", "--labels", tmp_path / "labels.csv", "-k", 2, "--json")
+    found = json.loads(ran.out)
+    assert found["split"] == "leave one of 3 groups out"
+    assert found["notes"] == []
