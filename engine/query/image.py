@@ -8,8 +8,10 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from patchmill.errors import UsageError
+from patchmill.sources.pictures import decode_picture
+from patchmill.types import View
 
-__all__ = ["read_image"]
+__all__ = ["read_image", "read_member"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a GiB of RGB
 EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa"}
@@ -35,6 +37,24 @@ def read_image(path: Path, pixels: int) -> UInt8[np.ndarray, "pixels pixels 3"]:
         raise UsageError(path.name, "is no image that can be read", "use PNG, JPEG or TIFF") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise over damaged files
         raise UsageError(path.name, f"cannot be read as an image ({type(error).__name__})", "check the file") from error
+
+
+def read_member(path: Path, view: View) -> UInt8[np.ndarray, "pixels pixels 3"]:
+    """Read an image file as the images of an indexed set were read, fitted as they were.
+
+    Raises UsageError if the file cannot be read as a picture.
+    """
+    assert view.fit is not None
+    out: UInt8[np.ndarray, "pixels pixels 3"] = np.empty((view.pixels, view.pixels, 3), np.uint8)
+    try:
+        if not path.is_file():  # a pipe would block for ever
+            raise UsageError(path.name, "is no file", "name a PNG, JPEG, TIFF or DICOM file")
+        good = decode_picture(path.read_bytes(), view.fit, out)
+    except OSError as error:
+        raise UsageError(path.name, f"cannot be read ({type(error).__name__})", "check the file") from error
+    if not good:
+        raise UsageError(path.name, "is no picture that can be read", "use PNG, JPEG, TIFF or DICOM")
+    return out
 
 
 def _check(image: Image.Image, name: str, pixels: int) -> None:

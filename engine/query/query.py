@@ -13,7 +13,7 @@ from patchmill.encoders import open_encoder, resolve
 from patchmill.encoders.runtimes import RUNS
 from patchmill.errors import EncoderError, UsageError
 from patchmill.index import Exclusion, Index, open_index, place_of, place_text, recorded, row_of, tile_at
-from patchmill.query.image import read_image
+from patchmill.query.image import read_image, read_member
 from patchmill.types import VALID_GOOD, EncoderSpec, EncodeSettings, ImagePlan, Plan, PlanSettings
 
 __all__ = ["Hit", "QueryResult", "query_image", "query_place"]
@@ -79,13 +79,14 @@ def query_image(
 ) -> QueryResult:
     """The k tiles that look most like an image file.
 
-    The image is taken as one tile of the index's plan, at its mpp (`read_image` says how). weights: the file that the
+    The image is taken as one tile of the index's plan, at its mpp, or as one more image of a set (`read_image` and
+    `read_member` say how). weights: the file that the
     archive was embedded with, where it is not found by itself. Raises UsageError for an image that cannot be used,
     EncoderError where the archive's encoder cannot be had again, ArchiveError for a stale or damaged index.
     """
     opened = open_index(archive, index)
     spec = _spec(archive, opened)
-    pixels = read_image(image, spec.view.pixels)
+    pixels = read_image(image, spec.view.pixels) if spec.view.fit is None else read_member(image, spec.view)
     vector = _embed(spec, pixels, weights)[opened.manifest.output]
     key = opened.manifest.plan
     plan = recorded(archive.plans(), f"plans/{key}.json", key)

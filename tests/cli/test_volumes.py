@@ -224,6 +224,11 @@ def test_an_image_set_from_end_to_end(patchmill, embed, tmp_path):
     assert ran.code == 0, ran.err
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     assert {names[hit["number"]].split("/")[0] for hit in json.loads(ran.out)["hits"]} == {"dark"}
+    ran = patchmill("query", archive, "--image", folder / "light" / "3x.png", "-k", 1, "--json")
+    (hit,) = json.loads(ran.out)["hits"]
+    assert names[hit["number"]] == "light/3x.png"
+    assert hit["score"] > 0.9999  # read as the set was, or it would not be itself
+    assert patchmill("query", archive, "--image", folder / "light" / "5x.png").code == 2
     ran = patchmill("probe", "knn", archive, "--labels", tmp_path / "labels.csv", "-k", 3, "--json")
     assert ran.code == 0, ran.err
     assert b"dark/" not in every_byte(archive)  # names are kept as keyed hashes alone
