@@ -1,14 +1,18 @@
 """From a source's reference to what can be read: which reader takes which file."""
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
-from typing import Any
 
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.dicom import DicomSlide, Refused
+from patchmill.sources.dicomvolume import DicomVolume
+from patchmill.sources.imageset import ImageSetSource
+from patchmill.sources.itk import ItkVolume
+from patchmill.sources.nifti import NiftiVolume
 from patchmill.sources.omezarr import OmeZarrSlide
 from patchmill.sources.openslide import OpenSlideSlide
+from patchmill.sources.stacks import StackVolume
 from patchmill.sources.tiff import TiffSlide, Unsupported
+from patchmill.sources.zarrvolume import ZarrVolume
 from patchmill.types import ImageSet, Slide, SourceRef, Volume
 
 __all__ = ["READERS", "open_images", "open_slide", "open_volume"]
@@ -55,17 +59,12 @@ def open_slide(ref: SourceRef) -> Slide:
         raise SourceError(ref.id, error.wrong + refused, error.do) from error
 
 
-def reader_of(module: str, name: str) -> Callable[[SourceRef], Any]:
-    """A reader that is imported when it is first used: their libraries take long to load."""
-    return lambda ref: getattr(import_module(f"patchmill.sources.{module}"), name)(ref)
-
-
 VOLUMES: Mapping[str, Callable[[SourceRef], Volume]] = {  # by the first word of their `reader`, tried in turn
-    "nibabel": reader_of("nifti", "NiftiVolume"),
-    "zarr": reader_of("zarrvolume", "ZarrVolume"),
-    "pydicom": reader_of("dicomvolume", "DicomVolume"),
-    "SimpleITK": reader_of("itk", "ItkVolume"),
-    "stack": reader_of("stacks", "StackVolume"),
+    "nibabel": NiftiVolume,
+    "zarr": ZarrVolume,
+    "pydicom": DicomVolume,
+    "SimpleITK": ItkVolume,
+    "stack": StackVolume,
 }
 
 
@@ -92,5 +91,4 @@ def open_volume(ref: SourceRef) -> Volume:
 
 def open_images(ref: SourceRef) -> ImageSet:
     """Open an image set: a folder, a tar or an .npz. Raises SourceError or TransientError, naming ref.id."""
-    opened: ImageSet = reader_of("imageset", "ImageSetSource")(ref)
-    return opened
+    return ImageSetSource(ref)

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from patchmill.errors import SourceError
+from patchmill.kernels import reslice
+from patchmill.kernels.slices import axis_weights
 from patchmill.sources.grids import Box
 from patchmill.types import PLANE_AXES, QUANTILES, View, Volume, VolumePlan
 
@@ -43,9 +45,6 @@ def cut(
 
     Beyond the grid it is black, and the neighbours of an outermost slice are that slice itself.
     """
-    from patchmill.kernels import reslice
-    from patchmill.kernels.slices import axis_weights
-
     plane, _, y, x = coords[0].tolist()
     normal, *across = PLANE_AXES[plane]
     low, _ = box

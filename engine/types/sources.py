@@ -139,9 +139,10 @@ class ImageSet(Protocol):
     metadata: Mapping[str, str | int | float]
 
     def fetch(self, numbers: Sequence[int]) -> Sequence[Any]:
-        """What storage holds of images, for `decode` alone to understand. Raises TransientError if the storage fails.
+        """What storage holds of images, for `decode` alone to understand.
 
-        An image that is missing or unreadable raises nothing here.
+        An image that is missing or unreadable raises nothing here. Raises TransientError if the storage fails, and
+        SourceError where the set as a whole turns out to be damaged.
         """
         ...
 
