@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from patchmill.errors import TransientError
+from patchmill.sources.files import failure
 from patchmill.sources.patience import beat
 
 __all__ = ["spooled"]
@@ -49,8 +50,8 @@ def spooled(
 
     key: what its content follows from: paths, sizes, times of change, the frame. fill(voxels, beat): writes every
     voxel, and calls beat every second or so; called only where the volume is not there yet, and what it raises is
-    raised here. Whoever comes meanwhile waits. source: the id that errors name. Raises TransientError where the disk is
-    full.
+    raised here, errors of the file system as ours. Whoever comes meanwhile waits. source: the id that errors name.
+    Raises TransientError where the disk is full.
     """
     with _lock:
         spool = _spools.setdefault(key, _Spool())
@@ -71,16 +72,21 @@ def spooled(
 
 
 def _filled(shape: tuple[int, int, int], dtype: np.dtype[Any], fill: Callable[[Voxels], None], source: str) -> Voxels:
+    voxels = _room(shape, dtype, source)
+    try:
+        fill(voxels)
+    except OSError as error:
+        raise failure(source, error) from error
+    voxels.flags.writeable = False
+    return voxels
+
+
+def _room(shape: tuple[int, int, int], dtype: np.dtype[Any], source: str) -> Voxels:
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     try:
         with tempfile.TemporaryFile() as file:
             os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would kill the process at some later voxel
-            voxels: Voxels = np.memmap(file, dtype, "r+", shape=shape, order="F")
-            fill(voxels)
+            return np.memmap(file, dtype, "r+", shape=shape, order="F")
     except OSError as error:
-        if isinstance(error, FileNotFoundError) or error.filename is not None:
-            raise
         wrong = f"there is no room for a scratch file of {size / 2**30:.1f} GiB ({type(error).__name__})"
         raise TransientError(source, wrong, "set TMPDIR to a folder on a larger local disk, run again") from error
-    voxels.flags.writeable = False
-    return voxels

@@ -1,0 +1,104 @@
+"""Scratch files: filled once for all who come, gone with the process, and never half of a volume."""
+
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from patchmill.errors import SourceError, TransientError
+from patchmill.sources import Patience, scratch
+from patchmill.sources.scratch import spooled
+
+SHAPE = (3, 4, 5)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    scratch._spools.clear()
+    yield
+    scratch._spools.clear()
+
+
+def ramp(voxels, beat):
+    voxels[:] = np.arange(60).reshape(SHAPE)
+
+
+def spool(key, fill=ramp):
+    return spooled(key, SHAPE, np.dtype(np.int16), fill, "v")
+
+
+def test_a_volume_is_there_once_read_only_and_has_no_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
+    calls = []
+    found = [spool("a", lambda voxels, beat: (calls.append(1), ramp(voxels, beat))) for _ in range(3)]
+    assert len(calls) == 1
+    assert found[0] is found[2]
+    assert np.array_equal(found[0], np.arange(60).reshape(SHAPE))
+    assert found[0].flags.f_contiguous
+    with pytest.raises(ValueError, match="read-only"):
+        found[0][0, 0, 0] = 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_last_ones_are_kept_and_whoever_reads_an_older_one_keeps_it():
+    first = spool("a")
+    for key in "bcd":
+        spool(key)
+    assert len(scratch._spools) == scratch.KEPT
+    assert first[2, 3, 4] == 59
+    assert spool("a") is not first
+
+
+def test_whoever_comes_meanwhile_waits_and_is_patient_while_it_moves():
+    go, calls = threading.Event(), []
+
+    def slow(voxels, beat):
+        calls.append(1)
+        for _ in range(8):
+            time.sleep(0.3)
+            beat()
+        go.set()
+        ramp(voxels, beat)
+
+    with Patience("v", 1.7) as one, Patience("v", 1.7) as other:
+        first, second = one.start(spool, "a", slow), other.start(spool, "a", slow)
+        assert one.result(first) is other.result(second)
+    assert go.is_set()
+    assert len(calls) == 1
+
+
+def test_what_fails_is_raised_and_tried_again():
+    def damaged(voxels, beat):
+        raise SourceError("v", "damaged", "copy it again")
+
+    with pytest.raises(SourceError, match="damaged"):
+        spool("a", damaged)
+    assert spool("a")[0, 0, 1] == 1
+
+
+def test_an_error_of_the_source_is_not_taken_for_a_full_disk():
+    def broken(voxels, beat):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(TransientError, match=r"its storage fails \(EIO\)"):
+        spool("a", broken)
+
+
+def test_a_full_disk_is_told_and_may_pass(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TransientError, match=r"no room for a scratch file of 0\.0 GiB .*; set TMPDIR"):
+        spool("a")
+
+
+def test_no_file_stays_open_once_nobody_reads(tmp_path):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    spool("a")
+    scratch._spools.clear()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
