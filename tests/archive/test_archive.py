@@ -13,7 +13,7 @@ import pytest
 from patchmill.archive import Archive, SourceEntry
 from patchmill.errors import ArchiveError, UsageError
 from patchmill.testing.archives import spec_of
-from patchmill.types import PlanSettings
+from patchmill.types import Intensity, PlanSettings, View
 
 
 def test_nothing_but_its_own_folder_is_made_into_an_archive(tmp_path):
@@ -230,3 +230,18 @@ def test_the_archive_names_no_file_and_no_patient(small):
         for secret in (b"Doe", b"John", b".svs", b"scans", b"/slides", b"lung", small.archive.site_key):
             assert secret not in text, path
     assert b"Doe^John" in (small.archive.private / "private.sqlite").read_bytes()
+
+
+def test_views_of_slides_keep_their_form_and_others_come_back():
+    """What a slide's view has nothing of stays out of it, else every encoder of older archives had another key."""
+    assert View(pixels=224).record() == {"pixels": 224, "filter": "area", "dtype": "uint8"}
+    windows = ((-150.0, 250.0), (0.0, 80.0), (1.0, 2.0))
+    for view in (
+        View(pixels=64),
+        View(pixels=64, fit="crop"),
+        View(pixels=64, slab=3, intensity=Intensity(windows=windows[:1], units="HU")),
+        View(pixels=64, intensity=Intensity(windows=windows)),
+        View(pixels=64, intensity=Intensity(windows=(), scale="stored")),
+    ):
+        assert View.from_record(json.loads(json.dumps(view.record()))) == view
+    assert len({View(pixels=64, fit=fit).record()["fit"] for fit in ("crop", "pad", "stretch")}) == 3

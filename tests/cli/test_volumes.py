@@ -102,6 +102,9 @@ def test_a_volume_from_end_to_end(patchmill, embed, tmp_path):
     assert json.loads(same.out)["hits"] == found["hits"]
     assert patchmill("query", archive, "--source", "ball.nii.gz", "--at", "24,24").code == 2
     assert patchmill("verify", archive).code == 0
+    opened = Archive.open(archive)
+    info = opened.source(next(opened.source_ids())).info()
+    assert (info["kind"], info["shape"], info["spacing"], info["units"]) == ("volume", [24, 24, 24], [2, 2, 2], "")
     again = json.loads(embed(archive, volume, "--intensity", "mri", "--json").out)
     assert again["outcomes"][0]["skipped"]
     assert again["tiles"] == 0

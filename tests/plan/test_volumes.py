@@ -334,3 +334,24 @@ def test_finer_than_the_volume_is_refused():
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UsageError):
         VolumeSettings(**wrong)
+
+
+def test_damaged_parts_of_a_sound_volume_are_planned(monkeypatch):
+    """Told to be unreadable later on, never left out as air."""
+    monkeypatch.setattr("patchmill.plan.body.MOST_READ", 4096)
+    values = np.zeros((32, 32, 32), np.uint8)
+    values[8:24, 8:24, :16] = 200
+    volume = ArrayVolume(values, affine_of("RAS", (1.0, 1.0, 1.0)), chunk=(16, 16, 16), damaged=(3, 3, 30))
+    plan = plan_volume(volume, VolumeSettings(planes=("axial",)), "v")
+    assert plan.coords[:, 1].tolist() == list(range(32))
+    sound = plan_volume(ArrayVolume(values, volume.affine), VolumeSettings(planes=("axial",)), "v")
+    assert sound.coords[:, 1].tolist() == list(range(16))
+
+
+def test_the_body_is_found_among_values_not_what_is_stored():
+    stored = np.zeros((10, 10, 10), np.int16)
+    stored[2:8, 2:8, 2:8] = 300
+    volume = ArrayVolume(stored, affine_of("RAS", (1.0, 1.0, 1.0)), units="HU", slope=2.0, intercept=-1000.0)
+    plan = plan_volume(volume, VolumeSettings(planes=("axial",)), "v")
+    assert set(plan.coords[:, 1].tolist()) == set(range(2, 8))
+    assert set(plan.quantiles) == {-400.0}
