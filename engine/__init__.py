@@ -23,6 +23,7 @@ _HOME = {  # public name -> the module that it is loaded from
             "query_place",
             "status",
             "verify",
+            "write_tokens",
         ),
         "patchmill.api",
     ),
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         query_place,
         status,
         verify,
+        write_tokens,
     )
     from patchmill.archive import Archive
     from patchmill.cluster import RunSettings
@@ -79,6 +81,7 @@ __all__ = [
     "query_place",
     "status",
     "verify",
+    "write_tokens",
 ]
 
 

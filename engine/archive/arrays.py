@@ -15,7 +15,7 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
-__all__ = ["array_document", "attributes_of", "encode", "group_document", "read_array"]
+__all__ = ["array_document", "attributes_of", "encode", "group_document", "open_array", "read_array"]
 
 BYTES: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 CRC: dict[str, Any] = {"name": "crc32c"}
@@ -89,9 +89,14 @@ def encode(document: bytes, rows: np.ndarray[Any, Any], start: int) -> bytes:
     return files[name].to_bytes()
 
 
-def read_array(folder: Path, path: str) -> np.ndarray[Any, Any]:
-    """A whole array, its checksums tested by zarr. Raises ValueError or OSError where zarr cannot read it."""
-    return np.asarray(zarr.open_array(LocalStore(folder, read_only=True), path=path, mode="r")[...])
+def open_array(folder: Path, path: str) -> zarr.Array[Any]:
+    """An array for reading, its checksums tested by zarr. Raises ValueError or OSError where zarr cannot read it."""
+    return zarr.open_array(LocalStore(folder, read_only=True), path=path, mode="r")
+
+
+def read_array(folder: Path, path: str, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
+    """Some rows of an array, by default all. Raises as `open_array` does."""
+    return np.asarray(open_array(folder, path)[rows])
 
 
 def _document(value: dict[str, Any]) -> bytes:

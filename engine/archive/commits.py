@@ -1,7 +1,7 @@
 """What the archive vouches for: commits of plans and shards, and completions, as values and as sealed files."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +60,7 @@ class Completion:
     good: int
     unreadable: int
     digest: str  # sha256 over metadata, coords, tissue and features; equal for equal bytes
+    files: Mapping[str, FileCheck] = field(default_factory=dict)  # of the vectors of the whole source; once: none
 
     @property
     def file(self) -> str:
@@ -96,7 +97,7 @@ def load_completion(folder: Path, source: str, plan: str, encoder: str) -> Compl
     value = load(folder / completion_file(plan, encoder))
     if value is None:
         return None
-    completion = _shaped(Completion, value)
+    completion = _shaped(Completion, {**value, "files": _checks(value)})
     place = (completion.source, completion.plan, completion.encoder)
     return _placed(completion, place == (source, plan, encoder))
 

@@ -25,7 +25,7 @@ KEY = "[0-9a-f]{16}"
 KNOWN = re.compile(
     rf"{DATA}/zarr\.json"
     rf"|{DATA}/{KEY}/(zarr\.json|(coords|items)/(zarr\.json|c\.0\.0)|tissue/(zarr\.json|c\.0)|features/zarr\.json)"
-    rf"|{DATA}/{KEY}/features/{KEY}/(zarr\.json|valid/(zarr\.json|c\.\d+)|[a-z][a-z0-9_]*/(zarr\.json|c\.\d+\.0))"
+    rf"|{DATA}/{KEY}/features/{KEY}/(zarr\.json|valid/(zarr\.json|c\.\d+)|whole/(zarr\.json|[a-z][a-z0-9_]*/(zarr\.json|c\.0\.0))|[a-z][a-z0-9_]*/(zarr\.json|c\.\d+\.0(\.0\.0)?))"
     rf"|commits/{KEY}/(plan\.json|{KEY}/(\d+|complete)\.json)"
 )
 

@@ -117,6 +117,7 @@ def encoder_record(spec: EncoderSpec) -> dict[str, Any]:
         "precision": spec.precision,
         "outputs": dict(spec.outputs),
         "outputs_order": list(spec.outputs),  # the first is the one that probes use by default; JSON sorts the other
+        **({} if spec.tokens is None else {"tokens": list(spec.tokens)}),
         "license": spec.license,
         "untrained": spec.untrained,
     }
@@ -132,4 +133,5 @@ def encoder_from(record: Mapping[str, Any]) -> EncoderSpec:
         precision=record["precision"],
         outputs={name: record["outputs"][name] for name in record["outputs_order"]},
         license=record["license"],
+        tokens=tuple(record["tokens"]) if "tokens" in record else None,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Float16, UInt8
+from jaxtyping import Float, Float16, Float32, UInt8
 
 from patchmill.archive.arrays import read_array
 from patchmill.archive.commits import (
@@ -26,6 +26,7 @@ from patchmill.archive.layout import commit_file, completion_file, features_fold
 from patchmill.archive.plans import ROOT, load_plan, plan_files, root_attributes, root_document
 from patchmill.archive.records import FileCheck, check_of, digest_of
 from patchmill.archive.shards import LEAST_ROWS, MOST_ROWS, shard_starts
+from patchmill.archive.whole import WHOLE, pooled
 from patchmill.errors import ArchiveError, SourceError
 from patchmill.types import VALID_GOOD, VALID_NOT_WRITTEN, VALID_UNREADABLE, EncoderSpec, Plan, Shard
 
@@ -107,10 +108,8 @@ class SourceStore:
         rows = self._plan_commit(plan_key).rows
         where = features_folder(plan_key, spec.key)
         stored, wrong = self._checked(where, lambda: load_features(self.folder, plan_key, spec.key, rows))
-        if stored is not None and not wrong and dict(stored.outputs) != dict(spec.outputs):
-            raise ArchiveError(
-                self.id, f"it was embedded with outputs {sorted(stored.outputs)}", "use the same outputs"
-            )
+        if stored is not None and not wrong and dict(stored.shapes) != dict(spec.shapes):
+            raise ArchiveError(self.id, f"it was embedded with outputs {sorted(stored.shapes)}", "use the same outputs")
         stale = []
         if stored is None or wrong:
             commits = self.committed(plan_key, spec.key)  # they know the shard rows that damaged metadata had
@@ -156,19 +155,20 @@ class SourceStore:
     def commit(
         self,
         shard: Shard,
-        vectors: Mapping[str, Float[np.ndarray, "n d"]],
+        vectors: Mapping[str, Float[np.ndarray, "n *shape"]],
         valid: UInt8[np.ndarray, " n"],
         provenance: Mapping[str, Any],
     ) -> Commit:
         """Store one shard: all of it or nothing. When this returns, the shard survives a kill and a loss of power.
 
-        vectors: each output's rows, in the order of the plan. valid: 1 good, 2 unreadable in the file. Rows that are
-        not good are stored as NaN. provenance: JSON-able, names no person and no path. Raises SourceError for a vector
-        that is not finite or overflows float16, ArchiveError for a shard that is committed already.
+        vectors: each output's rows, dense features among them, in the order of the plan. valid: 1 good, 2 unreadable in
+        the file. Rows that are not good are stored as NaN. provenance: JSON-able, names no person and no path. Raises
+        SourceError for a vector that is not finite or overflows float16, ArchiveError for a shard that is committed
+        already.
         """
         features = self._features(shard.plan, shard.encoder)
         plan = self._plan_commit(shard.plan)
-        expected = {VALID: (shard.rows,), **{name: (shard.rows, width) for name, width in features.outputs.items()}}
+        expected = {VALID: (shard.rows,), **{name: (shard.rows, *shape) for name, shape in features.shapes.items()}}
         given = {VALID: valid.shape, **{name: rows.shape for name, rows in vectors.items()}}
         whole = shard.start % features.shard_rows == 0 and 0 <= shard.start < features.rows
         if not whole or shard.stop != min(shard.start + features.shard_rows, features.rows) or given != expected:
@@ -218,6 +218,9 @@ class SourceStore:
         if features.rows and (valid == VALID_UNREADABLE).all():
             wrong = f"none of its {features.rows} tiles can be decoded"
             raise SourceError(self.id, wrong, "check the file or copy it again, and add it under another id")
+        whole = features.encode_whole(
+            {name: self._pool(plan_key, encoder_key, name, width) for name, width in features.outputs.items()}
+        )
         completion = Completion(
             source=self.id,
             plan=plan_key,
@@ -227,8 +230,11 @@ class SourceStore:
             good=int((valid == VALID_GOOD).sum()),
             unreadable=int((valid == VALID_UNREADABLE).sum()),
             digest=digest,
+            files={path: check_of(data) for path, data in whole.items()},
         )
         with storing(self.id):
+            self._make_parents(whole)
+            self._put_changed(whole)
             self._make_parents([*checks, completion.file])  # a process may have died between a rename and its sync
             put(self.disk, self.folder / completion.file, dump(completion))
         return completion
@@ -252,14 +258,35 @@ class SourceStore:
 
         Raises ArchiveError if the source is not complete, or has no such output, or a file is missing or damaged.
         """
+        return self.reader(plan_key, encoder_key, output)(slice(None)), self._array(plan_key, encoder_key, VALID)
+
+    def reader(
+        self, plan_key: str, encoder_key: str, output: str
+    ) -> Callable[[slice], Float16[np.ndarray, "n *shape"]]:
+        """A function that reads rows of one output, or of the dense features; it and this raise what `read` raises."""
         if self.completion(plan_key, encoder_key) is None:
             raise ArchiveError(self.id, "its embedding is not complete", "run `patchmill embed` again")
         features = self._features(plan_key, encoder_key)
-        if output not in features.outputs:
-            raise ArchiveError(self.id, f"it has no output {output!r}", f"use one of {sorted(features.outputs)}")
+        if output not in features.shapes:
+            raise ArchiveError(self.id, f"it has no output {output!r}", f"use one of {sorted(features.shapes)}")
         if len(self.committed(plan_key, encoder_key)) != len(shard_starts(features.rows, features.shard_rows)):
             raise ArchiveError(self.id, "a shard is missing or cut short", REPAIR)
-        return self._array(plan_key, encoder_key, output), self._array(plan_key, encoder_key, VALID)
+        return partial(self._array, plan_key, encoder_key, output)
+
+    def read_valid(self, plan_key: str, encoder_key: str) -> UInt8[np.ndarray, " n"]:
+        """`valid` of a source, see `read`."""
+        return self._array(plan_key, encoder_key, VALID)
+
+    def read_whole(self, plan_key: str, encoder_key: str, output: str) -> Float32[np.ndarray, "2 d"]:
+        """The mean and the maximum of one output over the good rows of the source; NaN where there are none.
+
+        Raises ArchiveError as `read` does.
+        """
+        completion = self.completion(plan_key, encoder_key)
+        path = f"{features_folder(plan_key, encoder_key)}/{WHOLE}/{output}"
+        if completion is not None and f"{path}/c.0.0" in completion.files:
+            return self._checked(path, lambda: read_array(self.folder, path))
+        return pooled([self.read(plan_key, encoder_key, output)], self._features(plan_key, encoder_key).outputs[output])
 
     def sweep(self) -> int:
         """Remove what interrupted writes left; call it when work on the source starts, under the archive's run lock.
@@ -301,9 +328,17 @@ class SourceStore:
             raise ArchiveError(self.id, f"{path} {text}", REPAIR)
         return features
 
-    def _array(self, plan_key: str, encoder_key: str, name: str) -> np.ndarray[Any, Any]:
+    def _array(self, plan_key: str, encoder_key: str, name: str, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
         path = f"{features_folder(plan_key, encoder_key)}/{name}"
-        return self._checked(path, lambda: read_array(self.folder, path))
+        return self._checked(path, lambda: read_array(self.folder, path, rows))
+
+    def _pool(self, plan_key: str, encoder_key: str, name: str, width: int) -> Float32[np.ndarray, "2 d"]:
+        features = self._features(plan_key, encoder_key)
+        shards = [
+            slice(start, start + features.shard_rows) for start in shard_starts(features.rows, features.shard_rows)
+        ]
+        read = partial(self._array, plan_key, encoder_key)
+        return pooled(((read(name, rows), read(VALID, rows)) for rows in shards), width)
 
     def _commit_starts(self, plan_key: str, encoder_key: str) -> list[int]:
         files = (self.folder / completion_file(plan_key, encoder_key)).parent.glob("*.json")

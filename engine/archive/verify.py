@@ -192,6 +192,8 @@ def _check_embedding(
             shard_checks |= {path: (check, commit) for path, check in commit.files.items()}
         elif not findings.has(where):
             findings.add(where, MISSING, unlink, lost)
+    for path, check in sorted(completion.files.items()) if completion is not None else ():
+        _read(findings, folder, path, check, [completed])
     documents = set() if features is None else set(features.documents())
     others = documents | set(plan_commit.files if plan_commit else ())  # checked above; here for the digest
 
@@ -210,7 +212,7 @@ def _check_embedding(
         return None
     if digest != completion.digest:
         findings.add(completed, "has the digest of other data", [completed])
-    return documents | set(shard_checks)
+    return documents | set(shard_checks) | set(completion.files)
 
 
 def _read(

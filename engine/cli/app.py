@@ -127,6 +127,9 @@ def embed(
     fit: Annotated[
         Literal["crop", "pad", "stretch"] | None, typer.Option(help="images: how one becomes a square; pad by default")
     ] = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="keep dense features too: one vector for each patch of a tile")
+    ] = False,
     reader: Reader = "auto",
     read_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="give up a source whose storage does not answer for so long")
@@ -158,6 +161,7 @@ def embed(
         precision=precision,
         runtime=runtime,
         pixels=pixels,
+        tokens=tokens,
         batch=batch,
         threads=threads,
     )
@@ -320,6 +324,27 @@ def index(
     return 0
 
 
+@app.command(epilog="Example: patchmill tokens my-archive grid.zarr --source ct --fuse mean")
+def tokens(
+    archive: ArchivePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of the Zarr array that is made")],
+    source: Annotated[str, typer.Option(help="id, name or path of a volume that was embedded with --tokens")],
+    plane: Annotated[str | None, typer.Option(help="axial, coronal or sagittal, where there are several")] = None,
+    fuse: Annotated[Literal["mean"] | None, typer.Option(help="mean of all planes, on one grid")] = None,
+    plan: PlanKey = None,
+    encoder: EncoderKey = None,
+    as_json: Json = False,
+) -> int:
+    """Write the dense features of a volume as one grid, with an affine to millimetres."""
+    from patchmill import api
+    from patchmill.cli.text import grid_text
+
+    grid = api.write_tokens(archive, source, out, plane=plane, fuse=fuse, plan=plan, encoder=encoder)
+    found = {"out": str(out), "shape": list(grid.shape), "affine": grid.affine.tolist()}
+    show(found, lambda: grid_text(grid, out), as_json)
+    return 0
+
+
 @app.command(epilog="Example: patchmill query my-archive --image tile.png -k 5 --picture hits.png")
 def query(
     archive: ArchivePath,
@@ -372,6 +397,9 @@ def knn(
     plan: PlanKey = None,
     encoder: EncoderKey = None,
     output: Output = None,
+    pool: Annotated[
+        Literal["mean", "max"] | None, typer.Option(help="labels of sources: one vector for each, of all its tiles")
+    ] = None,
     allow_untrained: Annotated[bool, typer.Option("--allow-untrained", help="for tests of the machinery")] = False,
     as_json: Json = False,
 ) -> int:
@@ -385,6 +413,7 @@ def knn(
         plan=plan,
         encoder=encoder,
         output=output,
+        pool=pool,
         allow_untrained=allow_untrained,
     )
     show(report.as_dict(), report.text, as_json)

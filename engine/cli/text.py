@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from patchmill.api import Demo, Finding, Preview, Status
-from patchmill.archive import Damage
+from patchmill.archive import Damage, TokenGrid
 from patchmill.cluster import RunReport
 from patchmill.encoders import EncoderCard, GateReport
+from patchmill.types import PLANES
 
 __all__ = [
     "damage_text",
@@ -14,6 +17,7 @@ __all__ = [
     "doctor_text",
     "encoders_text",
     "gate_text",
+    "grid_text",
     "previews_text",
     "report_text",
     "status_text",
@@ -49,6 +53,16 @@ def report_text(report: RunReport) -> str:
         lines.append(f"pixels read per pixel of a tile: {report.decoded:.2f}")
     lines.append(f"records: {report.archive}/runs/{report.run}/")
     return "\n".join(lines)
+
+
+def grid_text(grid: TokenGrid, out: Path) -> str:
+    """A grid of dense features that was written."""
+    *cells, width = grid.shape
+    sides = np.linalg.norm(grid.affine[:3, :3], axis=0)
+    return (
+        f"{out}: {' x '.join(map(str, cells))} cells of {' x '.join(f'{side:.2f}' for side in sides)} mm, "
+        f"{width} wide, {' and '.join(PLANES[plane] for plane in grid.planes)}"
+    )
 
 
 def previews_text(previews: Iterable[Preview]) -> str:

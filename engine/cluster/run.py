@@ -349,9 +349,10 @@ def _check_view(plan: Settings, spec: EncoderSpec) -> None:
 
 def _check_outputs(archive: Archive, spec: EncoderSpec) -> None:
     known = archive.encoders().get(spec.key)
-    if known is not None and dict(known.spec.outputs) != dict(spec.outputs):
-        there, here = (", ".join(sorted(each.outputs)) for each in (known.spec, spec))
-        wrong = f"it holds {there} of {spec.name}, whose YAML file now asks for {here}"
+    if known is not None and dict(known.spec.shapes) != dict(spec.shapes):
+        there, here = (", ".join(sorted(each.shapes)) for each in (known.spec, spec))
+        asks = "which now is to give" if known.spec.tokens != spec.tokens else "whose YAML file now asks for"
+        wrong = f"it holds {there} of {spec.name}, {asks} {here}"
         raise UsageError(str(archive.path), wrong, "embed into another archive")
 
 

@@ -3,6 +3,7 @@
 Every task takes what it needs by value and opens the rest itself; pixels and vectors never leave the process.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -142,7 +143,7 @@ def plan_source(job: Job, ref: SourceRef, spec: EncoderSpec, rate: float) -> Pla
         store.sweep()
         local = _staged(job, ref, patience)
         geometry = _planned_before(store, job, local, patience) or _plan_now(store, job, local, patience)
-        row_bytes = 2 * sum(spec.outputs.values())
+        row_bytes = 2 * sum(math.prod(shape) for shape in spec.shapes.values())
         store.begin(job.plan.key, spec, job.shard_rows or choose_shard_rows(geometry.rows, rate, row_bytes))
         return Planned(
             source=ref.id,

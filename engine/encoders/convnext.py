@@ -18,11 +18,13 @@ __all__ = ["build"]
 Weights = Mapping[str, np.ndarray]
 
 
-def build(arch: ConvNeXt, weights: Weights, pixels: int, *, precision: Precision = "fp32") -> Model:
-    """The graph for one resolution: uint8 [B, pixels, pixels, 3] to fp32 cls [B, D].
+def build(
+    arch: ConvNeXt, weights: Weights, pixels: int, *, precision: Precision = "fp32", tokens: bool = False
+) -> Model:
+    """The graph for one resolution: uint8 [B, pixels, pixels, 3] to fp32 cls [B, D], and token [B, g, g, D] if asked.
 
     weights: the canonical layout (layout.py). What DINOv3 calls the class token of a ConvNeXt is the norm of the last
-    map's average. int8: the products; convolutions stay in fp32.
+    map's average; its tokens are the norm of each place of that map. int8: the products; convolutions stay in fp32.
     """
     g = Graph(arch.family)
     x = _stem(g, arch, weights, pixels, precision)  # maps are [B, h, w, c], but for the convolutions
@@ -32,9 +34,13 @@ def build(arch: ConvNeXt, weights: Weights, pixels: int, *, precision: Precision
             x = _conv(g, weights, x, f"stages.{stage}.down", precision, kernel_shape=[2, 2], strides=[2, 2])
         for block in (f"stages.{stage}.blocks.{number}" for number in range(depth)):
             x = _block(g, arch, weights, x, block, width, precision)
-    x = g.op("ReduceMean", x, g.ints("axes", 1, 2), name="average", keepdims=0)  # [B, D]
-    norm(g, weights, x, "norm", arch.eps, output="cls")
-    return g.finish({"pixels": ["B", pixels, pixels, 3]}, {"cls": ["B", arch.widths[-1]]})
+    y = g.op("ReduceMean", x, g.ints("axes", 1, 2), name="average", keepdims=0)  # [B, D]
+    norm(g, weights, y, "norm", arch.eps, output="cls")
+    shapes: dict[str, list[int | str]] = {"cls": ["B", arch.widths[-1]]}
+    if tokens:
+        norm(g, weights, x, "norm", arch.eps, output="token")
+        shapes["token"] = ["B", pixels // arch.step, pixels // arch.step, arch.widths[-1]]
+    return g.finish({"pixels": ["B", pixels, pixels, 3]}, shapes)
 
 
 def _stem(g: Graph, arch: ConvNeXt, weights: Weights, pixels: int, precision: Precision) -> str:

@@ -67,15 +67,15 @@ class CudaEncoder:
         self._closed = threading.Event()
         self.provenance: Mapping[str, str] = provenance
 
-    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b d"]]:
-        """One vector per tile and output; no tile's vectors depend on another tile. Safe to call from several threads.
+    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
+        """One array per tile and output; none depends on another tile. Safe to call from several threads.
 
         pixels: uint8 RGB of the spec's size. Raises EncoderError for another shape or dtype, or if the GPU fails.
         """
         demand_tiles(self.spec, pixels)
         if self._closed.is_set():
             raise EncoderError(self.spec.name, "the encoder is closed", "open it again")
-        vectors = {name: np.empty((len(pixels), width), np.float32) for name, width in self.spec.outputs.items()}
+        vectors = {name: np.empty((len(pixels), *shape), np.float32) for name, shape in self.spec.shapes.items()}
 
         def encode(first: int) -> None:
             part = pixels[first : first + self._chunk]
@@ -83,7 +83,8 @@ class CudaEncoder:
             if rows < self._chunk:  # always the same shape, so that no other kernels are chosen
                 part = np.concatenate([part, np.zeros((self._chunk - rows, *self.spec.input), np.uint8)])
             for array, value in zip(vectors.values(), self._session.run(list(vectors), {"pixels": part}), strict=True):
-                array[first : first + rows] = demand_vectors(self.spec, value, self._chunk, array.shape[1])[:rows]
+                whole = demand_vectors(self.spec, value, (self._chunk, *array.shape[1:]))
+                array[first : first + rows] = whole[:rows]
 
         try:
             list(self._pool.map(encode, range(0, len(pixels), self._chunk)))

@@ -14,10 +14,11 @@ from patchmill.encoders.layout import inverted_blocks
 __all__ = ["build"]
 
 
-def build(arch: EfficientNetLite, weights: Mapping[str, np.ndarray], pixels: int) -> Model:
-    """The graph for one resolution: uint8 [B, pixels, pixels, 3] to fp32 mean [B, width].
+def build(arch: EfficientNetLite, weights: Mapping[str, np.ndarray], pixels: int, *, tokens: bool = False) -> Model:
+    """The graph for one resolution: uint8 [B, pixels, pixels, 3] to fp32 mean [B, width], and token if asked.
 
-    weights: the canonical layout (layout.py). `mean` is the global average of the last feature map.
+    weights: the canonical layout (layout.py). `mean` is the global average of the last feature map, which
+    itself is `token` [B, g, g, width].
     """
     g = Graph("efficientnet-lite")
     x, side = _normalise(g, arch), pixels  # [B, 3, H, W]
@@ -32,7 +33,11 @@ def build(arch: EfficientNetLite, weights: Mapping[str, np.ndarray], pixels: int
         x = g.op("Add", y, x, name=f"{block.name}.residual") if block.skips else y
     x = _conv(g, weights, x, side, "head")  # [B, width, side, side]
     g.op("ReduceMean", x, g.ints("axes", 2, 3), name="mean", keepdims=0)
-    return g.finish({"pixels": ["B", pixels, pixels, 3]}, {"mean": ["B", arch.width]})
+    shapes: dict[str, list[int | str]] = {"mean": ["B", arch.width]}
+    if tokens:
+        g.op("Transpose", x, name="token", perm=[0, 2, 3, 1])
+        shapes["token"] = ["B", side, side, arch.width]
+    return g.finish({"pixels": ["B", pixels, pixels, 3]}, shapes)
 
 
 def _normalise(g: Graph, arch: EfficientNetLite) -> str:

@@ -84,7 +84,11 @@ def _unfinished(parent: Path) -> Iterator[Path]:
 
 
 def _folder(spec: EncoderSpec) -> Path:
-    return cache_folder() / "graphs" / fingerprint_of({"encoder": spec.key, "code": code_digest()})
+    return (
+        cache_folder()
+        / "graphs"
+        / fingerprint_of({"encoder": spec.key, "outputs": sorted(spec.shapes), "code": code_digest()})
+    )
 
 
 def _checksum(path: Path) -> int:

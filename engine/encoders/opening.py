@@ -119,7 +119,22 @@ def resolve(settings: EncodeSettings) -> EncoderSpec:
         precision=settings.precision,
         outputs=chosen.outputs,
         license=chosen.license,
+        tokens=_tokens(chosen, pixels) if settings.tokens else None,
     )
+
+
+def _tokens(chosen: Card, pixels: int) -> tuple[int, int, int]:
+    """Rows, columns and width of a tile's dense features. Raises EncoderError for an encoder that gives none."""
+    arch = chosen.architecture
+    match arch:
+        case ViT() | EfficientNetLite():
+            width = arch.width
+        case ConvNeXt():
+            width = arch.widths[-1]
+        case Exported():
+            wrong = f"{chosen.name} is a graph of its own, which gives {', '.join(chosen.outputs)} alone"
+            raise EncoderError("--tokens", wrong, "leave it out, or use another encoder")
+    return pixels // arch.step, pixels // arch.step, width
 
 
 def _facts(arch: Architecture | Exported) -> dict[str, Any]:
@@ -337,10 +352,10 @@ def _graph(spec: EncoderSpec, weights: Weights, *, plain: bool = False, depth: i
         case ViT():
             target: Target = "plain" if plain else "ort"
             arch = arch if depth is None else replace(arch, depth=depth)
-            return vit.build(arch, weights, pixels, precision=spec.precision, target=target, outputs=list(spec.outputs))
+            return vit.build(arch, weights, pixels, precision=spec.precision, target=target, outputs=list(spec.shapes))
         case ConvNeXt():
-            return convnext.build(arch, weights, pixels, precision=spec.precision)
+            return convnext.build(arch, weights, pixels, precision=spec.precision, tokens=spec.tokens is not None)
         case EfficientNetLite():
-            return efficientnet.build(arch, weights, pixels)
+            return efficientnet.build(arch, weights, pixels, tokens=spec.tokens is not None)
         case Exported():
             raise ValueError("a graph of its own needs no author")

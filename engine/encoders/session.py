@@ -79,20 +79,20 @@ class CpuEncoder:
             "patchmill": code_digest(),
         }
 
-    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b d"]]:
-        """One vector per tile and output; no tile's vectors depend on another tile.
+    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
+        """One array per tile and output; none depends on another tile.
 
         pixels: uint8 RGB of the spec's size. Raises EncoderError for another shape or dtype, or if the runtime fails.
         """
         demand_tiles(self.spec, pixels)
         if self._closed.is_set():
             raise EncoderError(self.spec.name, "the encoder is closed", "open it again")
-        vectors = {name: np.empty((len(pixels), width), np.float32) for name, width in self.spec.outputs.items()}
+        vectors = {name: np.empty((len(pixels), *shape), np.float32) for name, shape in self.spec.shapes.items()}
 
         def encode(row: int) -> None:
             found = self._session.run(list(vectors), {"pixels": pixels[row : row + 1]})
             for array, value in zip(vectors.values(), found, strict=True):
-                array[row] = demand_vectors(self.spec, value, 1, array.shape[1])[0]
+                array[row] = demand_vectors(self.spec, value, (1, *array.shape[1:]))[0]
 
         try:
             list(self._pool.map(encode, range(len(pixels))))
@@ -116,10 +116,10 @@ def demand_tiles(spec: EncoderSpec, pixels: np.ndarray) -> None:
         raise EncoderError(spec.name, f"tiles are {given}, the encoder takes {wanted}", "resize them to the view")
 
 
-def demand_vectors(spec: EncoderSpec, value: np.ndarray, rows: int, width: int) -> np.ndarray:
-    """An output as the runtime gave it. Raises EncoderError where it is not a vector of the width for each tile."""
-    if value.shape != (rows, width):
-        wrong = f"its graph gives {list(value.shape)} for {rows} tiles, not [{rows}, {width}]"
+def demand_vectors(spec: EncoderSpec, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An output as the runtime gave it. Raises EncoderError where it has another shape."""
+    if value.shape != shape:
+        wrong = f"its graph gives {list(value.shape)} for {shape[0]} tiles, not {list(shape)}"
         raise EncoderError(spec.name, wrong, "correct the widths in its YAML file, or export it again")
     return value
 

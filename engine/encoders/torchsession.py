@@ -68,8 +68,8 @@ class TorchEncoder:
             "patchmill": code_digest(),
         }
 
-    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b d"]]:
-        """One vector per tile and output; no tile's vectors depend on another tile. Safe to call from several threads.
+    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
+        """One array per tile and output; none depends on another tile. Safe to call from several threads.
 
         pixels: uint8 RGB of the spec's size. Raises EncoderError for another shape or dtype, or if the GPU fails.
         """
@@ -78,8 +78,8 @@ class TorchEncoder:
         try:
             with torch.inference_mode(), torch.cuda.device(self._device):
                 found = [
-                    torch.empty((rows, width), dtype=torch.float32, pin_memory=True)
-                    for width in self.spec.outputs.values()
+                    torch.empty((rows, *shape), dtype=torch.float32, pin_memory=True)
+                    for shape in self.spec.shapes.values()
                 ]
                 with self._lock, torch.cuda.stream(self._working):
                     if self._closed:
@@ -94,7 +94,7 @@ class TorchEncoder:
                 end.synchronize()
         except RuntimeError as error:
             raise self._failed("failed on the GPU", error) from error
-        return {name: each.numpy() for name, each in zip(self.spec.outputs, found, strict=True)}
+        return {name: each.numpy() for name, each in zip(self.spec.shapes, found, strict=True)}
 
     def _captured(self, module: torch.fx.GraphModule) -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]:
         """The module as a CUDA graph from `_pixels` to its outputs, which keep their places in memory."""

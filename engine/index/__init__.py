@@ -4,7 +4,7 @@ from patchmill.index.build import IndexReport, build_index
 from patchmill.index.choice import Choice, choose, recorded
 from patchmill.index.places import place_of, place_text, row_of, tile_at
 from patchmill.index.search import Exclusion, Found, Index, open_index
-from patchmill.index.vectors import good_vectors
+from patchmill.index.vectors import Pool, good_vectors, whole_vector
 
 __all__ = [
     "Choice",
@@ -12,6 +12,7 @@ __all__ = [
     "Found",
     "Index",
     "IndexReport",
+    "Pool",
     "build_index",
     "choose",
     "good_vectors",
@@ -21,4 +22,5 @@ __all__ = [
     "recorded",
     "row_of",
     "tile_at",
+    "whole_vector",
 ]

@@ -10,7 +10,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from patchmill.archive import Archive
 from patchmill.errors import UsageError
-from patchmill.index import Choice, choose, good_vectors
+from patchmill.index import Choice, Pool, choose, good_vectors, whole_vector
 from patchmill.probes.knn import KS, TEMPERATURE, nearest, shares, vote
 from patchmill.probes.labels import Label, read_labels
 from patchmill.probes.metrics import Metrics, measure
@@ -37,6 +37,7 @@ class ProbeReport:
     encoder: str  # encoder key
     encoder_name: str
     output: str
+    pool: Pool | None  # each source is one vector, of all its tiles; None: tiles are
     untrained: bool  # random weights: the figures say nothing about a trained encoder
     labels_of: str  # tiles or sources
     counts: dict[str, int]  # tiles of each class, by name; the order of `confusion`
@@ -53,10 +54,16 @@ class ProbeReport:
         """As JSON-able values."""
         return asdict(self)
 
+    @property
+    def _judged(self) -> str:
+        return (
+            f"tiles from {self.sources} sources" if self.pool is None else f"sources, each the {self.pool} of its tiles"
+        )
+
     def text(self) -> str:
         """For a terminal."""
         head = [
-            f"kNN probe of {self.tiles} tiles from {self.sources} sources, labelled by {self.labels_of}: "
+            f"kNN probe of {self.tiles} {self._judged}, labelled by {self.labels_of}: "
             + ", ".join(f"{name} {count}" for name, count in self.counts.items()),
             f"{self.encoder_name} {self.output}; {self.split}; figures beside the constant answer's in brackets",
         ]
@@ -80,6 +87,7 @@ def probe_knn(
     output: str | None = None,
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
+    pool: Pool | None = None,
     allow_untrained: bool = False,
 ) -> ProbeReport:
     """DINO's kNN protocol on the archive's embeddings and the labels of a CSV (`read_labels` says which columns).
@@ -87,8 +95,9 @@ def probe_knn(
     Splits: the column `split`; without it every group is judged by all other groups; with one group only, every tile
     by all others, and the report warns of it. Predictions of all test tiles are pooled before they are measured. A
     label without `row` or `x`, `y` is its source's: all tiles carry it, and the source is judged by the mean of its
-    tiles' shares as well. A k larger than the smallest training set has no result but a reason: it is not clamped.
-    Raises UsageError for untrained encoders (unless allowed), bad labels, a single class, a bad k or temperature.
+    tiles' shares as well; with `pool` the source is one vector instead, the mean or maximum of its tiles'. A k larger
+    than the smallest training set has no result but a reason: it is not clamped. Raises UsageError for untrained
+    encoders (unless allowed), bad labels, a single class, a bad k or temperature.
     """
     if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
         raise UsageError("-k", f"{list(ks)} are no numbers of neighbours", "use different numbers from 1 up")
@@ -100,18 +109,21 @@ def probe_knn(
             f"encoder {choice.encoder}", "its weights are random, so a probe means nothing", "add --allow-untrained"
         )
     labels = read_labels(labels_csv, archive, choice)
-    tiles, notes = _gather(archive, labels, choice)
+    by_source = labels[0].row is None
+    if pool is not None and not by_source:
+        raise UsageError("--pool", "the labels are of tiles", "leave it out, or label whole sources")
+    tiles, notes = _gather(archive, labels, choice, pool)
     split = make_split(*zip(*((one.split, one.group, one.origin) for one in tiles.labels), strict=True))
     names = sorted({one.label for one in tiles.labels})
     truth = np.array([names.index(one.label) for one in tiles.labels], np.int64)
     if len(np.unique(truth[split.train])) < 2:
         raise UsageError("--labels", f"all training tiles are {names[truth[split.train][0]]!r}", "label a second class")
-    by_source = labels[0].row is None
     return ProbeReport(
         plan=choice.plan,
         encoder=choice.encoder,
         encoder_name=choice.encoder_name,
         output=choice.output,
+        pool=pool,
         untrained=choice.untrained,
         labels_of="sources" if by_source else "tiles",
         counts=dict(zip(names, np.bincount(truth).tolist(), strict=True)),
@@ -121,12 +133,12 @@ def probe_knn(
         train=int(split.train.sum()),
         test=int(split.test.sum()),
         temperature=temperature,
-        results=_results(tiles, truth, split, ks, temperature, by_source),
+        results=_results(tiles, truth, split, ks, temperature, by_source and pool is None),
         notes=(*_untrained(choice), *split.notes, *_missing_classes(truth, split, len(names)), *notes),
     )
 
 
-def _gather(archive: Archive, labels: Sequence[Label], choice: Choice) -> tuple[_Tiles, list[str]]:
+def _gather(archive: Archive, labels: Sequence[Label], choice: Choice, pool: Pool | None) -> tuple[_Tiles, list[str]]:
     """The labelled tiles that have a good vector, and notes on those that have none."""
     by_source: dict[str, list[Label]] = {}
     for label in labels:
@@ -137,7 +149,9 @@ def _gather(archive: Archive, labels: Sequence[Label], choice: Choice) -> tuple[
         if (choice.plan, choice.encoder) not in archive.source(source).embedded():
             incomplete += 1
             continue
-        rows, good = good_vectors(archive, source, choice)
+        rows, good = (
+            good_vectors(archive, source, choice) if pool is None else whole_vector(archive, source, choice, pool)
+        )
         if mine[0].row is None:
             empty += not len(rows)
             vectors.append(good)

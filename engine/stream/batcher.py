@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, UInt8
 
 from patchmill.errors import EncoderError, PatchmillError
 from patchmill.stream.clock import StageClock
-from patchmill.types import Batch, Encoder, View
+from patchmill.types import TOKEN, Batch, Encoder, View
 
 __all__ = ["Batcher", "OpenShard"]
 
@@ -44,7 +44,7 @@ class OpenShard:
 
     number: int
     label: str
-    vectors: Mapping[str, Float32[np.ndarray, "n d"]]
+    vectors: Mapping[str, Float[np.ndarray, "n *shape"]]  # fp32; dense features as they are stored, fp16
     missing: int
     waiting: bool = False
 
@@ -83,7 +83,11 @@ class Batcher:
     @contextmanager
     def shard(self, rows: int, label: str = "") -> Iterator[OpenShard]:
         """Open a shard of `rows` tiles; leaving the block early (an error) drops what is still out."""
-        vectors = {name: np.zeros((rows, width), np.float32) for name, width in self._encoder.spec.outputs.items()}
+        shapes = self._encoder.spec.shapes
+        vectors: dict[str, Float[np.ndarray, n * shape]] = {
+            name: np.zeros((rows, *shape), np.float16 if name == TOKEN else np.float32)
+            for name, shape in shapes.items()
+        }
         with self._changed:
             self._raise_failure()
             self._account()
@@ -242,8 +246,9 @@ class Batcher:
                 shard = self._shards.get(number)
             if shard is None:  # its task has failed meanwhile
                 continue
-            for name, out in shard.vectors.items():
-                out[batch.row[mine]] = vectors[name][mine]
+            with np.errstate(over="ignore"):  # whoever stores them finds what does not fit
+                for name, out in shard.vectors.items():
+                    out[batch.row[mine]] = vectors[name][mine]
             count = int(mine.sum())
             with self._changed:
                 shard.missing -= count

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, UInt8
 
 from patchmill.archive import SourceStore
 from patchmill.stream.clock import StageClock
@@ -14,7 +14,7 @@ __all__ = ["commit"]
 
 def commit(
     shard: Shard,
-    vectors: Mapping[str, Float32[np.ndarray, "n d"]],
+    vectors: Mapping[str, Float[np.ndarray, "n *shape"]],
     valid: UInt8[np.ndarray, " n"],
     store: SourceStore,
     provenance: Mapping[str, str],

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from patchmill.archive import Archive, SourceEntry
-from patchmill.types import VALID_GOOD, EncoderSpec, PlanSettings, SlidePlan, View
+from patchmill.types import VALID_GOOD, EncoderSpec, Plan, PlanSettings, SlidePlan, View
 
 __all__ = ["plan_of", "spec_of", "store_vectors"]
 
@@ -42,9 +42,9 @@ def spec_of(outputs: Mapping[str, int], weights: str = "0" * 64, name: str = "nu
 def store_vectors(
     archive: Archive,
     entry: SourceEntry,
-    plan: SlidePlan,
+    plan: Plan,
     spec: EncoderSpec,
-    vectors: Mapping[str, Float[np.ndarray, "n d"]],
+    vectors: Mapping[str, Float[np.ndarray, "n *shape"]],
     *,
     valid: UInt8[np.ndarray, " n"] | None = None,
     complete: bool = True,
@@ -55,7 +55,7 @@ def store_vectors(
     archive.add_plan(plan.settings)
     archive.add_encoder(spec, {})
     store = archive.source(entry.id)
-    store.write_plan(plan, {"kind": "slide", "fingerprint": "none"})
+    store.write_plan(plan, {"kind": plan.settings.kind, "fingerprint": "none"})
     store.begin(plan.key, spec, 16)
     for shard in store.pending(plan.key, spec):
         rows = slice(shard.start, shard.stop)

@@ -1,7 +1,7 @@
 """What travels between the stages, and the settings that users choose. Imports NumPy only: every package may use it."""
 
 from patchmill.types.common import VALID_GOOD, VALID_NOT_WRITTEN, VALID_REMOVED, VALID_UNREADABLE, fingerprint_of
-from patchmill.types.encoding import Encoder, EncoderSpec, EncodeSettings, Intensity, View
+from patchmill.types.encoding import TOKEN, Encoder, EncoderSpec, EncodeSettings, Intensity, View
 from patchmill.types.plans import (
     PLANE_AXES,
     PLANES,
@@ -23,6 +23,7 @@ __all__ = [
     "PLANES",
     "PLANE_AXES",
     "QUANTILES",
+    "TOKEN",
     "VALID_GOOD",
     "VALID_NOT_WRITTEN",
     "VALID_REMOVED",

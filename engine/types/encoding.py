@@ -13,7 +13,9 @@ from patchmill.types.common import fingerprint_of
 from patchmill.types.plans import QUANTILES
 from patchmill.types.sources import Fit
 
-__all__ = ["EncodeSettings", "Encoder", "EncoderSpec", "Intensity", "View"]
+__all__ = ["TOKEN", "EncodeSettings", "Encoder", "EncoderSpec", "Intensity", "View"]
+
+TOKEN = "token"  # the name of the dense features among the outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,7 @@ class EncoderSpec:
     precision: Literal["fp32", "fp16", "bf16", "int8"]
     outputs: Mapping[str, int]  # name -> width, the one that probes use by default first: {"cls": 384, "mean": 384}
     license: str
+    tokens: tuple[int, int, int] | None = None  # rows, columns, width of a tile's dense features, where they are kept
 
     @property
     def key(self) -> str:
@@ -94,6 +97,12 @@ class EncoderSpec:
                 "precision": self.precision,
             }
         )
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each array that a tile gets: of the vectors, and of `token` where dense features are kept."""
+        vectors: dict[str, tuple[int, ...]] = {name: (width,) for name, width in self.outputs.items()}
+        return vectors if self.tokens is None else {**vectors, TOKEN: self.tokens}
 
     @property
     def untrained(self) -> bool:
@@ -119,6 +128,7 @@ class EncodeSettings:
     intensity: Intensity | None = None  # these three as in `View`
     slab: int = 1
     fit: Fit | None = None
+    tokens: bool = False  # keep dense features too
     batch: int | None = None  # tiles per batch; None is what suits the runtime
     threads: int | None = None  # cores for an encoder on the CPU; None is all
 
@@ -137,8 +147,8 @@ class Encoder(Protocol):
     batch: int  # tiles per call that suit it
     parallel: int  # calls at a time that suit it: two keep a GPU busy while the vectors of one are taken away
 
-    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> Mapping[str, Float[np.ndarray, "b d"]]:
-        """One fp32 vector per tile and output. A tile's vectors depend on its own pixels alone."""
+    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> Mapping[str, Float[np.ndarray, "b *shape"]]:
+        """An fp32 array [b, *shape] for each of the spec's shapes. What a tile gets depends on its own pixels alone."""
         ...
 
     def close(self) -> None:

@@ -48,12 +48,21 @@ def test_plain_zarr_reads_what_was_written(tmp_path, small_of, rows):
     np.testing.assert_array_equal(group[f"{small.plan.key}/coords"][...], small.plan.coords)
     np.testing.assert_array_equal(group[f"{small.plan.key}/tissue"][...], small.plan.tissue)
     features = group[f"{small.plan.key}/features/{small.spec.key}"]
-    assert sorted(features.keys()) == ["cls", "mean", "valid"]
+    assert sorted(features.keys()) == ["cls", "mean", "valid", "whole"]
     for name in small.spec.outputs:
         assert features[name].dtype == np.float16
         assert np.isnan(features[name].fill_value)
         np.testing.assert_array_equal(features[name][...], small.expected(name))
     np.testing.assert_array_equal(features["valid"][...], small.valid)
+    for name in small.spec.outputs:
+        good = small.expected(name)[small.valid == 1].astype(np.float64)
+        whole = features["whole"][name]
+        assert whole.dtype == np.float32
+        if rows:
+            np.testing.assert_allclose(whole[0], good.mean(axis=0), rtol=1e-6, atol=1e-7)
+            np.testing.assert_array_equal(whole[1], good.max(axis=0))
+        assert np.isnan(whole[...]).all() == (rows == 0)
+        np.testing.assert_array_equal(small.store.read_whole(*small.keys, name), whole[...])
     if rows == 2100:
         assert features["cls"].shards == (1024, 6)
         assert features["cls"].chunks == (1024, 6)

@@ -18,7 +18,7 @@ def files_of(small):
 def shard_of(where, shard_rows=16):
     """First row of the shard that a file belongs to, None if to none."""
     name = where.rsplit("/", 1)[1]
-    if "features" in where and name.startswith("c."):
+    if "features" in where and "whole" not in where and name.startswith("c."):
         return int(name.split(".")[1]) * shard_rows
     return int(name[:-5]) if name[:-5].isdigit() else None
 

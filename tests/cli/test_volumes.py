@@ -110,6 +110,41 @@ def test_a_volume_from_end_to_end(patchmill, embed, tmp_path):
     assert again["tiles"] == 0
 
 
+def test_dense_features_become_a_grid(patchmill, embed, tmp_path):
+    affine = np.diag([2.0, 2, 2, 1])
+    affine[:3, 3] = -20
+    write_nifti(tmp_path / "ball.nii.gz", ball(), affine)
+    archive = tmp_path / "archive"
+    options = ("--window", "0,200", "--pixels", 96, "--tokens")
+    assert embed(archive, tmp_path / "ball.nii.gz", *options).code == 0
+    assert patchmill("verify", archive).code == 0
+    wrong = patchmill("tokens", archive, tmp_path / "grid.zarr", "--source", "ball.nii.gz")
+    assert (wrong.code, wrong.err.count("\n")) == (2, 1)
+    assert "has axial, coronal, sagittal; choose a --plane, or --fuse mean" in wrong.err
+    ran = patchmill("tokens", archive, tmp_path / "axial.zarr", "--source", "ball.nii.gz", "--plane", "axial", "--json")
+    assert ran.code == 0
+    axial = zarr.open_array(tmp_path / "axial.zarr", mode="r")
+    told = json.loads(ran.out)
+    assert tuple(told["shape"]) == axial.shape == (24, 3, 3, 1280)
+    np.testing.assert_allclose(told["affine"], axial.attrs["affine"])
+    # The middle of the tile's middle token is the middle of the volume, 23 mm from its first voxel's centre.
+    np.testing.assert_allclose(np.array(told["affine"]) @ (12, 1, 1, 1), (3, 3, 4, 1))
+    store = Archive.open(archive).source(Archive.open(archive).refs()[0].id)
+    ((plan, encoder),) = store.embedded()
+    coords, stored = store.read_plan(plan).coords, store.reader(plan, encoder, "token")(slice(None))
+    for row in np.flatnonzero(coords[:, 0] == 0):
+        np.testing.assert_array_equal(axial[coords[row, 1]], stored[row])
+    held = set(coords[coords[:, 0] == 0, 1].tolist())
+    assert {number for number in range(24) if np.isnan(axial[number]).all()} == set(range(24)) - held != set()
+    ran = patchmill("tokens", archive, tmp_path / "fused.zarr", "--source", "ball.nii.gz", "--fuse", "mean")
+    assert (ran.code, ran.err) == (0, "")
+    assert "3 x 3 x 3 cells of 16.00 x 16.00 x 16.00 mm, 1280 wide, axial and coronal and sagittal" in ran.out
+    assert np.isfinite(zarr.open_array(tmp_path / "fused.zarr", mode="r")[1, 1, 1]).all()
+    again = embed(archive, tmp_path / "ball.nii.gz", *options[:-1])
+    assert again.code == 2
+    assert "it holds mean, token of efficientnet-lite0" in again.err
+
+
 def test_bad_volumes_fail_by_themselves_in_one_line_each(embed, tmp_path):
     folder = tmp_path / "volumes"
     folder.mkdir()

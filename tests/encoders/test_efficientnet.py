@@ -29,6 +29,19 @@ def test_equals_the_package(batch, oracle):
     assert wanted.std() > 0.1
 
 
+def test_tokens_are_the_map_that_the_mean_is_of(oracle):
+    tiles = oracle.pictures(96, 2)
+    model = open_encoder(EncodeSettings(encoder="efficientnet-lite0", precision="fp32", pixels=96, tokens=True))
+    try:
+        found = model(tiles)
+    finally:
+        model.close()
+    wanted = oracle.efficientnet_outputs(oracle.efficientnet(), tiles)["token"]
+    assert model.spec.tokens == wanted.shape[1:] == (3, 3, 1280)
+    assert np.abs(found["token"] - wanted).max() <= 1e-3
+    np.testing.assert_allclose(found["token"].mean(axis=(1, 2)), found["mean"], atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:You are using `torch.load`")
 def test_equals_the_package_with_every_batchnorm_at_random(oracle, tmp_path):
     generator = torch.Generator().manual_seed(3)

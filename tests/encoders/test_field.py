@@ -57,7 +57,8 @@ def test_convnext_equals_transformers(size, pixels, oracle):
         arch = replace(arch, depths=(1, 2, 3, 1))
     weights, tiles = untrained(arch, 3), oracle.pictures(pixels, 2)
     wanted = oracle.convnext_outputs(oracle.convnext(arch, weights), tiles)
-    assert_close(run(convnext.build(arch, weights, pixels), tiles, ("cls",)), wanted, 1e-4)
+    outputs = ("cls", "token")
+    assert_close(run(convnext.build(arch, weights, pixels, tokens=True), tiles, outputs), wanted, 1e-4)
     spread = np.abs(wanted["cls"]).max()
     for precision, bound in (("fp16", 0.01), ("int8", 0.15)):
         found = run(convnext.build(arch, weights, pixels, precision=precision), tiles, ("cls",))

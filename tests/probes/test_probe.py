@@ -262,3 +262,35 @@ def test_bad_numbers_are_refused(slides, options):
     slides.add("a.svs", clouds(np.random.default_rng(0), [0, 1] * 10))
     with pytest.raises(UsageError, match=r"^-k|^--temperature"):
         probe_knn(slides.archive, slides.csv("source,label", "a.svs,1"), **options)
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_whole_sources_are_judged_by_one_vector_each(slides, pool):
+    random = np.random.default_rng(5)
+    truth, lines, wholes = random.integers(0, 2, 24), ["source,label"], []
+    for number, label in enumerate(truth):
+        given = clouds(random, [label] * 7, spread=3.0)
+        valid = np.array([1, 1, 2, 1, 1, 1, 1], np.uint8)
+        slides.add(f"s{number}.svs", given, valid=valid)
+        lines.append(f"s{number}.svs,class-{label}")
+        good = halves(given)[valid == 1]
+        wholes.append(good.mean(axis=0) if pool == "mean" else good.max(axis=0))
+    report = probe_knn(slides.archive, slides.csv(*lines), ks=(5,), pool=pool)
+    assert (report.tiles, report.sources, report.pool, report.labels_of) == (24, 24, pool, "sources")
+    assert f"kNN probe of 24 sources, each the {pool} of its tiles, labelled by sources" in report.text()
+    answer = np.empty(24, int)
+    for out in range(24):
+        others = np.arange(24) != out
+        oracle = KNeighborsClassifier(
+            5, weights=lambda distance: np.exp((1 - distance) / 0.07), metric="cosine", algorithm="brute"
+        ).fit(np.array(wholes)[others], truth[others])
+        answer[out] = oracle.predict([wholes[out]])[0]
+    (result,) = report.results
+    assert result.sources is None  # there is but one vector for each
+    assert result.tiles.accuracy.value == pytest.approx(accuracy_score(truth, answer))
+
+
+def test_labels_of_tiles_are_not_pooled(slides):
+    slides.add("a.svs", np.eye(4))
+    with pytest.raises(UsageError, match=r"--pool: the labels are of tiles; leave it out, or label whole sources"):
+        probe_knn(slides.archive, slides.csv("source,row,label", "a.svs,0,x", "a.svs,1,y"), pool="mean")
