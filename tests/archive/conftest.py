@@ -1,5 +1,6 @@
 """A small archive to work on."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,17 +13,17 @@ from patchmill.testing.archives import plan_of, spec_of
 class Small:
     """An archive with one source of known vectors, some rows of which are unreadable."""
 
-    def __init__(self, root, rows=41, shard_rows=16):
+    def __init__(self, root, rows=41, shard_rows=16, tokens=False):
         random = np.random.default_rng(rows)
         self.root = root
         self.archive = Archive.create_or_open(root)
         self.plan = plan_of(random.integers(0, 99999, (rows, 2)))
-        self.spec = spec_of({"cls": 6, "mean": 3})
+        self.spec = replace(spec_of({"cls": 6, "mean": 3}), tokens=(2, 3, 4) if tokens else None)
         self.keys = (self.plan.key, self.spec.key)
         self.shard_rows = shard_rows
         self.info = {"fingerprint": "f", "kind": "slide", "subject": self.archive.subject_id("Doe^John"), "mpp": 0.25}
         self.vectors = {
-            name: random.standard_normal((rows, width)).astype(np.float32) for name, width in self.spec.outputs.items()
+            name: random.standard_normal((rows, *shape)).astype(np.float32) for name, shape in self.spec.shapes.items()
         }
         self.valid = np.where(np.arange(rows) % 7 == 3, 2, 1).astype(np.uint8)
         self.entry = SourceEntry(
@@ -38,7 +39,8 @@ class Small:
         self.store = self.archive.source(self.entry.id)
 
     def expected(self, name):
-        return np.where(self.valid[:, None] == 1, self.vectors[name], np.nan).astype(np.float16)
+        good = (self.valid == 1).reshape(-1, *(1,) * len(self.spec.shapes[name]))
+        return np.where(good, self.vectors[name], np.nan).astype(np.float16)
 
     def commit(self, shard):
         rows = slice(shard.start, shard.stop)
@@ -54,9 +56,9 @@ class Small:
         return SimpleNamespace(shards=done, completion=self.store.complete(*self.keys))
 
 
-@pytest.fixture
-def small(tmp_path):
-    return Small(tmp_path / "A")
+@pytest.fixture(params=[False, True], ids=["vectors", "tokens"])
+def small(request, tmp_path):
+    return Small(tmp_path / "A", tokens=request.param)
 
 
 @pytest.fixture

@@ -113,8 +113,8 @@ def test_nothing_is_read_before_all_is_there(small):
         small.commit(shard)
     small.store.complete(*small.keys)
     assert small.store.embedded() == [small.keys]
-    with pytest.raises(ArchiveError, match="no output 'token'"):
-        small.store.read(*small.keys, "token")
+    with pytest.raises(ArchiveError, match="no output 'pooled'"):
+        small.store.read(*small.keys, "pooled")
 
 
 def test_shard_rows_that_are_stored_win(small):
@@ -211,7 +211,7 @@ def test_outputs_of_an_encoder_stay_the_same(small):
     small.embed()
     spec = replace(small.spec, outputs={"cls": 6})
     assert spec.key == small.spec.key
-    with pytest.raises(ArchiveError, match=r"with outputs \['cls', 'mean'\]"):
+    with pytest.raises(ArchiveError, match=r"with outputs \['cls', 'mean'"):
         small.store.begin(small.plan.key, spec, 16)
     with pytest.raises(ArchiveError, match="no array may be called 'valid'"):
         small.store.begin(small.plan.key, spec_of({"valid": 2}), 16)
