@@ -19,7 +19,8 @@ from jaxtyping import Float64
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import check_readable, failure
-from patchmill.sources.nifti import Layout, StoredVoxels, check_affine, frame_of
+from patchmill.sources.nifti import check_affine, frame_of
+from patchmill.sources.storedvoxels import Layout, StoredVoxels
 from patchmill.sources.tiff import Unsupported
 from patchmill.types import SourceRef
 

@@ -1,15 +1,12 @@
-"""NIfTI volumes, versions 1 and 2: `.nii`, `.nii.gz`, and pairs of `.hdr` and `.img`; and voxels in plain order.
+"""NIfTI volumes, versions 1 and 2: `.nii`, `.nii.gz`, and pairs of `.hdr` and `.img`.
 
-Source: the NIfTI-1.1 and NIfTI-2 specifications; nibabel reads the header's fields. Voxels are not decoded by nibabel:
-they lie one behind the other, i fastest, so an uncompressed file is mapped into memory, and a compressed one is
-unpacked once as a stream, in bounded memory. Text fields of the header may hold names and are never looked at.
+Source: the NIfTI-1.1 and NIfTI-2 specifications; nibabel reads the header's fields, voxels are not decoded by it (see
+storedvoxels.py). Text fields of the header may hold names and are never looked at.
 """
 
 import os
-import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -18,12 +15,11 @@ from jaxtyping import Float64
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import check_readable, failure
-from patchmill.sources.patience import beat
-from patchmill.sources.scratch import spooled
+from patchmill.sources.storedvoxels import COPY, EITHER, READ, Layout, Place, StoredVoxels, Voxels
 from patchmill.sources.tiff import Unsupported
 from patchmill.types import SourceRef
 
-__all__ = ["Layout", "NiftiVolume", "StoredVoxels", "check_affine", "frame_of", "served"]
+__all__ = ["NiftiVolume", "check_affine", "frame_of"]
 
 GZIP = b"\x1f\x8b"
 HEADERS = {348: (344, (b"n+1\0", b"ni1\0")), 540: (4, (b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n"))}  # magics: single, pair
@@ -39,15 +35,7 @@ OTHERS = {  # kinds of data that are no numbers of one channel
 }
 MILLIMETRES = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # per unit of length: not told, metre, millimetre, micrometre
 MOST_OFFSET = 16 << 20  # bytes of a header with its extensions
-READ, PIECE = 256 << 10, 4 << 20  # bytes: what is read of a compressed file at a time, and most that it becomes
-EITHER = 32 + zlib.MAX_WBITS  # gzip or zlib, as the data says
-DEFLATE = 1032  # most bytes that one compressed byte becomes; zlib's technical details, "Maximum Compression Factor"
-COPY = "copy it again"
 SINGULAR = 1e-6  # volume of the parallelepiped of the axes' directions, 1 where they are perpendicular
-SERVED = (np.dtype(np.uint8), np.dtype(np.int16), np.dtype(np.uint16), np.dtype(np.float32))
-
-Voxels = np.ndarray[Any, np.dtype[Any]]
-Place = tuple[int, int, int]
 
 
 class NiftiVolume:
@@ -283,202 +271,3 @@ def check_affine(source: str, affine: Float64[np.ndarray, "4 4"]) -> None:
         volume = abs(float(np.linalg.det(affine[:3, :3] / spacing)))
     if not volume > SINGULAR:
         raise SourceError(source, f"its affine is singular (directions of determinant {volume:.1e})", do)
-
-
-def served(stored: np.dtype[Any]) -> np.dtype[Any]:
-    """The type that voxels of a type in a file are read as: itself in the machine's byte order, int16 or float32."""
-    native = stored.newbyteorder("=")
-    return native if native in SERVED else np.dtype(np.int16 if native == np.int8 else np.float32)
-
-
-# ----------------------------------------------------------------------------------------------------------- voxels
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Where voxels lie in a file: one behind the other, i fastest, volume after volume."""
-
-    path: str
-    start: int = 0  # byte of the file that the voxels, or their compressed form, begin at
-    from_end: bool = False  # or they end where the file ends
-    skipped: int = 0  # bytes before the first volume from there on, when unpacked
-    shape: Place
-    frames: int  # volumes in the file
-    frame: int  # the one that is read
-    stored: np.dtype[Any]
-    compressed: bool  # by zlib or gzip
-
-    @property
-    def size(self) -> int:
-        """Bytes of one volume, when unpacked."""
-        i, j, k = self.shape
-        return i * j * k * self.stored.itemsize
-
-    @property
-    def first(self) -> int:
-        """Bytes from `start` to the volume that is read, when unpacked."""
-        return self.skipped + self.frame * self.size
-
-    @property
-    def needed(self) -> int:
-        """Bytes from `start` on, when unpacked."""
-        return self.skipped + self.frames * self.size
-
-
-class StoredVoxels:
-    """The voxels of one volume in a file that is open. Safe to read from several threads at once."""
-
-    def __init__(self, source: str, layout: Layout) -> None:
-        """Open the file. source: the id that errors name.
-
-        Raises SourceError where it is shorter than its header says, no regular file, missing or forbidden, and
-        TransientError where its storage fails.
-        """
-        self._source, self._layout = source, layout
-        self.dtype = served(layout.stored)
-        self._voxels: Voxels | None = None  # of a compressed file: not yet unpacked
-        try:
-            if not stat.S_ISREG(os.stat(layout.path).st_mode):  # a pipe would block for ever
-                raise SourceError(source, "what holds its voxels is no regular file", "check the file")
-            self._number = os.open(layout.path, os.O_RDONLY | os.O_CLOEXEC)
-            status = os.fstat(self._number)
-            if layout.from_end:
-                layout = self._layout = replace(layout, start=max(0, status.st_size - layout.needed))
-            check_size(source, layout, status.st_size)
-            self._key = (layout, status.st_ino, status.st_size, status.st_mtime_ns)
-            if not layout.compressed:
-                at = layout.start + layout.first
-                with open(self._number, "rb", closefd=False) as file:
-                    mapped = np.memmap(file, layout.stored, "r", at, layout.shape, "F")
-                self._voxels = mapped.view(np.ndarray)
-        except OSError as error:
-            raise failure(source, error) from error
-        except ValueError as error:  # of a file that has just become shorter
-            raise SourceError(source, "it cannot be mapped into memory", "check the file") from error
-
-    def read(self, start: Place, stop: Place) -> Voxels:
-        """Voxels [start, stop) in `dtype`; a view where the file holds them so, else a copy. Not to be written to.
-
-        Values beyond float32 become infinite. Raises SourceError where the file is damaged or has become shorter,
-        TransientError where the storage fails.
-        """
-        if not self._layout.compressed:
-            self._bring(start, stop)
-        if (voxels := self._voxels) is None:
-            voxels = self._voxels = spooled(self._key, self._layout.shape, self.dtype, self._unpack, self._source)
-        found = voxels[tuple(slice(first, last) for first, last in zip(start, stop, strict=True))]
-        if found.dtype == self.dtype and found.flags.aligned:
-            return found
-        with np.errstate(over="ignore", invalid="ignore"):
-            return found.astype(self.dtype, order="F")
-
-    def _bring(self, start: Place, stop: Place) -> None:
-        """Have the storage bring what a box lies on into memory, slice by slice from its first voxel to its last.
-
-        A read can fail as an error; where a page of a mapped file fails, the process is killed. So this costs a copy
-        of the box's slices, and what the system has dropped again when the view is looked at is not safe.
-        """
-        layout = self._layout
-        across, down, _ = layout.shape
-        (i, j, k), (i_end, j_end, k_end) = start, stop
-        if i >= i_end or j >= j_end:
-            return
-        buffer = memoryview(bytearray(min(READ, ((j_end - j) * across) * layout.stored.itemsize)))
-        for number in range(k, k_end):
-            at, end = (
-                layout.start + layout.first + ((number * down + row) * across + column) * layout.stored.itemsize
-                for row, column in ((j, i), (j_end - 1, i_end))
-            )
-            beat()
-            while at < end:
-                try:
-                    count = os.preadv(self._number, [buffer[: end - at]], at)
-                except OSError as error:
-                    raise failure(self._source, error) from error
-                if not count:
-                    raise SourceError(self._source, f"it was longer when it was opened: it has no byte {at}", COPY)
-                at += count
-
-    def _unpack(self, voxels: Voxels, moved: Callable[[], None]) -> None:
-        """Fill an array from the compressed file, reading that to its end, where its checksum is."""
-        layout = self._layout
-        try:
-            with np.errstate(over="ignore", invalid="ignore"):
-                fill(voxels.reshape(-1, order="F"), layout, unpacked(self._number, layout.start), moved)
-        except Lying as error:
-            raise SourceError(self._source, str(error), COPY) from error
-        except EOFError as error:
-            raise SourceError(self._source, "its compressed data ends early", COPY) from error
-        except zlib.error as error:
-            wrong = "fails its checksum" if "check" in str(error) else "is damaged"
-            raise SourceError(self._source, f"its compressed data {wrong}", COPY) from error
-        except OSError as error:
-            raise failure(self._source, error) from error
-
-    def __del__(self) -> None:
-        if hasattr(self, "_number"):
-            os.close(self._number)
-
-
-class Lying(Exception):  # noqa: N818 - what it is
-    """A file that holds more or less than its header says; the text says it."""
-
-
-def check_size(source: str, layout: Layout, size: int) -> None:
-    """Raise SourceError where a file of so many bytes cannot hold what its header tells of."""
-    rest = max(0, size - layout.start)
-    if layout.compressed and layout.needed > DEFLATE * rest:
-        wrong = f"its header tells of {layout.needed} bytes, more than {rest} compressed bytes can hold"
-        raise SourceError(source, wrong, COPY)
-    if not layout.compressed and layout.needed > rest:
-        wrong = f"the file has {size} bytes, but its header tells of {layout.start + layout.needed}"
-        raise SourceError(source, wrong, COPY)
-
-
-def unpacked(number: int, start: int) -> Iterator[bytes]:
-    """What a file holds from a byte on in gzip or zlib form, part after part, in pieces of at most `PIECE` bytes.
-
-    Zeros behind a part are padding. number: of the open file. Raises OSError, zlib.error where it is damaged or fails
-    a checksum, and EOFError where it ends within a part.
-    """
-    at = start
-
-    def more() -> bytes:
-        nonlocal at
-        packed = os.pread(number, READ, at)
-        at += len(packed)
-        return packed
-
-    packed = more()
-    while packed:
-        decoder = zlib.decompressobj(EITHER)
-        full = False  # the decoder may hold more than it has handed out
-        while not decoder.eof:
-            if not (packed or full) and not (packed := more()):
-                raise EOFError
-            piece = decoder.decompress(packed, PIECE)
-            packed, full = decoder.unconsumed_tail, len(piece) == PIECE
-            if piece:
-                yield piece
-        packed = decoder.unused_data.lstrip(b"\0") or more().lstrip(b"\0")
-
-
-def fill(flat: Voxels, layout: Layout, pieces: Iterable[bytes], moved: Callable[[], None]) -> None:
-    """Write one volume out of unpacked pieces into a flat array, casting its values; raise Lying if sizes differ.
-
-    Stops at the first piece that is more than there should be, whatever follows. moved: called for every piece.
-    """
-    seen, done, part = 0, 0, b""
-    for piece in pieces:
-        moved()
-        ahead = layout.first - seen  # bytes of this piece before the volume
-        seen += len(piece)
-        if seen > layout.needed:
-            raise Lying(f"its compressed data holds more than the {layout.needed} bytes that its header tells of")
-        part += piece[max(0, ahead) : max(0, ahead + layout.size)]
-        count = len(part) // layout.stored.itemsize
-        flat[done : done + count] = np.frombuffer(part, layout.stored, count)
-        part = part[count * layout.stored.itemsize :]
-        done += count
-    if seen < layout.needed:
-        raise Lying(f"its compressed data holds {seen} bytes, but its header tells of {layout.needed}")

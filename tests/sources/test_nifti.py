@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources import nifti
+from patchmill.sources import nifti, storedvoxels
 from patchmill.sources.nifti import NiftiVolume
 from patchmill.sources.patience import Patience
 from patchmill.sources.tiff import Unsupported
@@ -155,8 +155,8 @@ def test_voxels_are_read_in_pieces_of_any_size(name, tmp_path, monkeypatch):
     voxels = values((13, 11, 7, 2), "f8")
     path = write(tmp_path / name, voxels)
     for size in (1, 7, 8, 1000):
-        monkeypatch.setattr(nifti, "READ", max(size, 600))
-        monkeypatch.setattr(nifti, "PIECE", size)
+        monkeypatch.setattr(storedvoxels, "READ", max(size, 600))
+        monkeypatch.setattr(storedvoxels, "PIECE", size)
         os.utime(path, ns=(size, size))  # else it is known already
         np.testing.assert_array_equal(whole(NiftiVolume(ref(path, frame=1))), voxels[..., 1])
 
@@ -197,8 +197,8 @@ def test_values_that_float32_cannot_hold_are_infinite(tmp_path):
 def test_a_compressed_file_is_unpacked_once_for_all_threads(tmp_path, monkeypatch):
     voxels = values((40, 30, 20))
     path = write(tmp_path / "a.nii.gz", voxels)
-    calls, unpacked = [], nifti.unpacked
-    monkeypatch.setattr(nifti, "unpacked", lambda *args: calls.append(args) or unpacked(*args))
+    calls, unpacked = [], storedvoxels.unpacked
+    monkeypatch.setattr(storedvoxels, "unpacked", lambda *args: calls.append(args) or unpacked(*args))
     volumes = [NiftiVolume(ref(path)) for _ in range(4)]
     assert not calls  # opening costs nothing
     found = [None] * 4
@@ -576,15 +576,15 @@ def test_a_bomb_stops_at_the_headers_size(tmp_path, monkeypatch):
         file.write(plain)
         for _ in range(128):
             file.write(bytes(1 << 20))
-    taken, unpacked = [], nifti.unpacked
+    taken, unpacked = [], storedvoxels.unpacked
     monkeypatch.setattr(
-        nifti, "unpacked", lambda *args: (taken.append(len(piece)) or piece for piece in unpacked(*args))
+        storedvoxels, "unpacked", lambda *args: (taken.append(len(piece)) or piece for piece in unpacked(*args))
     )
     tracemalloc.start()
     assert "holds more than the 632 bytes" in refusal(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert sum(taken) <= nifti.PIECE
+    assert sum(taken) <= storedvoxels.PIECE
     assert peak < 16 << 20
 
 
