@@ -1,10 +1,10 @@
 """Tiles of a volume's slices on the CPU, made in the order in which memory holds the voxels."""
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
+from jaxtyping import Float32, Int32, Int64, Integer, Shaped
 
 from patchmill.kernels.slice_loops import LANES, PIXELS, TAPS, Pictures, Places, Sums, draw_lanes, draw_rows
-from patchmill.kernels.slices import Axis, Table, check_slices, on_its_side
+from patchmill.kernels.slices import LEVELS, Axis, Table, check_slices, on_its_side
 
 __all__ = ["reslice"]
 
@@ -16,21 +16,23 @@ def reslice(
     columns: Table,
     gain: Float32[np.ndarray, "3"],
     offset: Float32[np.ndarray, "3"],
-    out: UInt8[np.ndarray, "n p p 3"],
+    out: Integer[np.ndarray, "n p p 3"],
 ) -> None:
-    """Draw slices of a volume as square tiles of grey levels, in one pass from voxels to a batch buffer.
+    """Draw slices of a volume as square tiles of grey levels or HU, in one pass from voxels to a batch buffer.
 
     voxels: uint8, int16, uint16 or float32, of any strides that are whole voxels; never copied, so that they may be a
     view of a file larger than memory. slices: which slice (first axis) each channel of a tile shows. rows, columns: per
     row and column of a tile, the voxels that it is the mean of, as `patchmill.kernels.slices.axis_weights` tells;
-    weights are finite and not negative. gain, offset: per channel; a voxel's grey level is gain * voxel + offset in
-    float32, at least 0 and at most 255, and 0 where that is no number. out: n tiles of p pixels per side; may be a
-    slice of a larger buffer. A pixel is the weighted mean of grey levels, rounded half up, and 0 where none has weight.
+    weights are finite and not negative. gain, offset: per channel; a voxel's level is gain * voxel + offset in float32,
+    between the least and the greatest that the buffer's type stands for (`patchmill.kernels.slices.LEVELS`), and the
+    least where that is no number. out: n tiles of p pixels per side, uint8 for grey levels or int16 for HU; may be a
+    slice of a larger buffer. A pixel is the weighted mean of levels, rounded half up, and the least level where none
+    has weight: black, or air.
 
     Raises ValueError for another type or shape, for a slice or a voxel with weight that is not there, and for gaps in
     the buffer.
     """
-    fit = out.flags.c_contiguous and out.flags.writeable and out.dtype == np.uint8
+    fit = out.flags.c_contiguous and out.flags.writeable and str(out.dtype) in LEVELS
     kind = str(voxels.dtype)
     row, column = check_slices(voxels.shape, kind, slices, rows, columns, gain, offset, out.shape, fit)
     if not len(slices):
@@ -43,12 +45,15 @@ def reslice(
         row, column, down, along = column, row, along, down
     places = start, across, down, along
     to = out.reshape(out.size)
+    low, high = LEVELS[str(out.dtype)]
+    levels = low, np.float32(high - low)
+    offset = offset - np.float32(low)  # so that sums are of levels above the least
     if across == 1 and abs(along) > 1:
         drawn = pictures(slices, gain, offset, LANES)
-        draw_lanes(flat, places, drawn, members(row), members(column), column.reach, turned, to)
+        draw_lanes(flat, places, drawn, members(row), members(column), column.reach, levels, turned, to)
     else:
         drawn, vectors = pictures(slices, gain, offset, 1), (*padded(column), column.total)
-        draw_rows(flat, places, drawn, members(row), vectors, column.reach, run_of(column), turned, to)
+        draw_rows(flat, places, drawn, members(row), vectors, column.reach, run_of(column), levels, turned, to)
 
 
 def in_memory(voxels: Shaped[np.ndarray, "d h w"]) -> tuple[Shaped[np.ndarray, " m"], Places]:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float, Float32, Float64, Int32, Num, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Integer, Num, Shaped, UInt8
 
 from patchmill.kernels.areas import check_areas
 from patchmill.kernels.boxes import box_weights, check
-from patchmill.kernels.slices import Table, check_slices, on_its_side
+from patchmill.kernels.slices import LEVELS, Table, check_slices, on_its_side
 
 __all__ = ["pack", "reslice", "tissue_fraction"]
 
@@ -117,9 +117,9 @@ def reslice(
     columns: Table,
     gain: Float32[np.ndarray, "3"],
     offset: Float32[np.ndarray, "3"],
-    out: UInt8[torch.Tensor, "n p p 3"],
+    out: Integer[torch.Tensor, "n p p 3"],
 ) -> None:
-    """Draw slices of a volume as square tiles of grey levels, in one pass from voxels to a batch buffer.
+    """Draw slices of a volume as square tiles of grey levels or HU, in one pass from voxels to a batch buffer.
 
     Arguments mean what they do for `patchmill.kernels.cpu.reslice`. voxels, of any strides, and out lie on one device.
     slices may lie there or on the CPU, where they are checked: from a GPU they come only after all that was queued
@@ -129,14 +129,14 @@ def reslice(
     gaps in the buffer.
     """
     demand(voxels, voxels.dtype, {out.device})
-    demand(out, torch.uint8, {out.device})
     demand(slices, torch.int32, {out.device, torch.device("cpu")})
-    shape, kind = tuple(voxels.shape), str(voxels.dtype).removeprefix("torch.")
-    row, column = check_slices(
-        shape, kind, slices.cpu().numpy(), rows, columns, gain, offset, tuple(out.shape), out.is_contiguous()
-    )
+    shape, (kind, to) = tuple(voxels.shape), (str(each.dtype).removeprefix("torch.") for each in (voxels, out))
+    fit = out.is_contiguous() and to in LEVELS
+    row, column = check_slices(shape, kind, slices.cpu().numpy(), rows, columns, gain, offset, tuple(out.shape), fit)
     if not len(slices):
         return
+    low, high = LEVELS[to]
+    offset = offset - np.float32(low)  # so that sums are of levels above the least
     pixels, (across, down, along) = out.shape[1], voxels.stride()
     i_step, j_step = pixels * 3, 3
     if on_its_side(shape, voxels.stride()):
@@ -147,15 +147,16 @@ def reslice(
     ]
     with device_of(out):
         _reslice[len(slices), triton.cdiv(pixels, ROWS), triton.cdiv(pixels * 3, LANES)](
-            voxels, slices.to(out.device).contiguous(), *tables, out, across, down, along, i_step, j_step, pixels,
-            row.weights.shape[1], column.weights.shape[1], rows=ROWS, lanes=LANES, **UNFUSED,
+            voxels, slices.to(out.device).contiguous(), *tables, out, low, float(high - low),
+            across, down, along, i_step, j_step, pixels, row.weights.shape[1], column.weights.shape[1],
+            rows=ROWS, lanes=LANES, **UNFUSED,
         )  # fmt: skip
 
 
 @jit
 def _reslice(  # type: ignore[no-untyped-def]
     voxels, slices, row_first, row_weights, row_total, first, weights, total, gain, offset, out,
-    across, down, along, i_step, j_step, pixels, row_taps, taps, rows: tl.constexpr, lanes: tl.constexpr,
+    least, span, across, down, along, i_step, j_step, pixels, row_taps, taps, rows: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * rows + tl.arange(0, rows)[:, None]
@@ -176,12 +177,12 @@ def _reslice(  # type: ignore[no-untyped-def]
             voxel = tl.load(column + (top + high) * down, mask=(share > 0) & (weight > 0), other=0)
             level = voxel.to(tl.float32) * factor + shift
             level = tl.where(level > 0, level, 0.0)  # 0 also where it is no number
-            strip += weight * tl.where(level < 255, level, 255.0)
+            strip += weight * tl.where(level < span, level, span)
         sums += share * strip
     area = tl.load(row_total + i, mask=i < pixels, other=1) * tl.load(total + j, mask=j < pixels, other=1)
-    grey = (tl.div_rn(sums, area) + 0.5).to(tl.int32)
+    mean = (tl.div_rn(sums, area) + 0.5).to(tl.int32) + least
     at = tile * pixels * pixels * 3 + i * i_step + j * j_step + channel
-    tl.store(out + at, grey.to(tl.uint8), mask=(i < pixels) & (j < pixels))
+    tl.store(out + at, mean.to(out.dtype.element_ty), mask=(i < pixels) & (j < pixels))
 
 
 def tissue_fraction(

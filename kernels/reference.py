@@ -1,11 +1,11 @@
 """Every kernel by its definition, in NumPy. Slow; judges the fast ones."""
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, Int32, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Integer, Shaped, UInt8
 
 from patchmill.kernels.areas import check_areas
 from patchmill.kernels.boxes import box_weights, check
-from patchmill.kernels.slices import Axis, Table, check_slices
+from patchmill.kernels.slices import LEVELS, Axis, Table, check_slices
 
 __all__ = ["pack", "reslice", "tissue_fraction"]
 
@@ -74,19 +74,20 @@ def reslice(
     columns: Table,
     gain: Float32[np.ndarray, "3"],
     offset: Float32[np.ndarray, "3"],
-    out: UInt8[np.ndarray, "n p p 3"],
+    out: Integer[np.ndarray, "n p p 3"],
 ) -> None:
     """See `patchmill.kernels.cpu.reslice`. Here two products of matrices per channel, in float64."""
-    fit = out.flags.c_contiguous and out.flags.writeable and out.dtype == np.uint8
+    fit = out.flags.c_contiguous and out.flags.writeable and str(out.dtype) in LEVELS
     kind = str(voxels.dtype)
     row, column = check_slices(voxels.shape, kind, slices, rows, columns, gain, offset, out.shape, fit)
+    low, high = LEVELS[str(out.dtype)]
     down, along = spread(row, voxels.shape[1]), spread(column, voxels.shape[2])
     covered = np.outer(down.sum(axis=1), along.sum(axis=1))
     for n, channel in np.ndindex(*slices.shape):
         with np.errstate(over="ignore", invalid="ignore"):
             value = voxels[slices[n, channel]].astype(np.float32) * gain[channel] + offset[channel]
-        grey = np.nan_to_num(value, nan=0, posinf=255, neginf=0).clip(0, 255).astype(np.float64)
-        mean = np.divide(down @ grey @ along.T, covered, out=np.zeros_like(covered), where=covered > 0)
+        level = np.nan_to_num(value, nan=low, posinf=high, neginf=low).clip(low, high).astype(np.float64)
+        mean = np.divide(down @ level @ along.T, covered, out=np.full_like(covered, low), where=covered > 0)
         out[n, :, :, channel] = np.floor(mean + 0.5)
 
 

@@ -7,14 +7,14 @@ functions that it calls, and would go stale.
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64, Shaped, UInt8
+from jaxtyping import Float32, Int64, Integer, Shaped
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from patchmill.kernels.compiling import compiled
 
-__all__ = ["LANES", "PIXELS", "TAPS", "Pictures", "Places", "Sums", "draw_lanes", "draw_rows"]
+__all__ = ["LANES", "PIXELS", "TAPS", "Levels", "Pictures", "Places", "Sums", "draw_lanes", "draw_rows"]
 
 LANES = 64  # interleaved slices that are drawn together: a line of the cache is read once for all of its voxels
 BAND = 8  # rows of a picture that are narrowed together
@@ -29,6 +29,8 @@ Pictures = tuple[
     Int64[np.ndarray, " m+1"],  # where its targets begin
     Int64[np.ndarray, " 3*n"],  # targets: number of the tile times 3, plus the channel
 ]
+Window = tuple[np.float32, np.float32, np.float32]  # gain, offset, and the greatest level above the least
+Levels = tuple[int, np.float32]  # the least level that is drawn, and how far above it the greatest is
 Sums = tuple[Int64[np.ndarray, " p"], Float32[np.ndarray, "p k"], Float32[np.ndarray, " p"]]  # the members of an Axis
 
 
@@ -41,22 +43,25 @@ def draw_rows(
     columns: Sums,
     reach: tuple[int, int],
     run: tuple[int, int, int],
+    levels: Levels,
     turned: bool,
-    out: UInt8[np.ndarray, " size"],
+    out: Integer[np.ndarray, " size"],
 ) -> None:
     """Draw one picture after the other.
 
     flat: memory. columns: padded for `narrow`, and the sums of weights. reach: the first column with weight, and one
-    past the last. run: as from `run_of`. turned: whether a picture's rows are a tile's columns. out: the buffer.
+    past the last. run: as from `run_of`. turned: whether a picture's rows are a tile's columns. out: the buffer, in
+    whose type pictures are drawn. Offsets are such that the least level is 0 until means are rounded.
     """
     start, across, down, along = places
     numbers, gain, offset, starts, targets = pictures
     first, weights, total = columns
+    least, span = levels
     pixels = len(total)
     width = reach[1] - reach[0]
     lines = np.zeros((BAND, width + len(weights)), np.float32)  # weights of 0 may reach behind the last voxel
     sums = np.empty((BAND, len(first)), np.float32)
-    picture = np.zeros((pixels, pixels), np.uint8)
+    picture = np.full((pixels, pixels), least, out.dtype)
     left, right, way = run
     backwards = (along == -1) != (way < 0)
     for m in range(len(numbers)):
@@ -65,16 +70,17 @@ def draw_rows(
             depth = min(BAND, pixels - top)
             for r in range(depth):
                 line = lines[r, :width]
-                mix_rows(flat, corner, down, along, gain[m], offset[m], rows, top + r, line)
+                mix_rows(flat, corner, down, along, (gain[m], offset[m], span), rows, top + r, line)
                 if backwards:
                     turn(line)
             if right > left:
                 for r in range(depth):
-                    round_means(lines[r, :width], rows[2][top + r], total[left:right], picture[top + r, left:right])
+                    part = picture[top + r, left:right]
+                    round_means(lines[r, :width], rows[2][top + r], total[left:right], least, part)
             else:
                 narrow(lines, first, weights, sums)
                 for r in range(depth):
-                    round_means(sums[r, :pixels], rows[2][top + r], total, picture[top + r])
+                    round_means(sums[r, :pixels], rows[2][top + r], total, least, picture[top + r])
         spread(picture, 0, targets[starts[m] : starts[m + 1]], turned, out)
 
 
@@ -84,13 +90,13 @@ def mix_rows(
     corner: int,
     down: int,
     along: int,
-    gain: np.float32,
-    offset: np.float32,
+    window: Window,
     rows: Sums,
     i: int,
     line: Float32[np.ndarray, " w"],
 ) -> None:
     """The weighted sum of the rows of voxels that row i of a picture covers; backwards where memory is."""
+    gain, offset, span = window
     first, weights, _ = rows
     width = len(line)
     if weights[i, 0] == 0:
@@ -105,19 +111,24 @@ def mix_rows(
             source = flat[low : low + width]
             if k == 0:
                 for x in range(width):
-                    line[x] = weight * grey_level(source[x], gain, offset)
+                    line[x] = weight * level_of(source[x], gain, offset, span)
             else:
                 for x in range(width):
-                    line[x] += weight * grey_level(source[x], gain, offset)
+                    line[x] += weight * level_of(source[x], gain, offset, span)
         else:
             for x in range(width):
-                line[x] = weight * grey_level(flat[at + x * along], gain, offset) + (line[x] if k else np.float32(0))
+                line[x] = weight * level_of(flat[at + x * along], gain, offset, span) + (
+                    line[x] if k else np.float32(0)
+                )
 
 
 @compiled
-def grey_level(voxel: Any, gain: np.float32, offset: np.float32) -> np.float32:
-    """Its grey level. What is no number is never more than 0, so that becomes 0. Any other form takes no vectors."""
-    return max(np.float32(0), min(np.float32(voxel) * gain + offset, np.float32(255)))
+def level_of(voxel: Any, gain: np.float32, offset: np.float32, span: np.float32) -> np.float32:
+    """Its level above the least. What is no number is never more than 0, so that becomes 0.
+
+    Any other form takes no vectors.
+    """
+    return max(np.float32(0), min(np.float32(voxel) * gain + offset, span))
 
 
 @compiled
@@ -130,20 +141,24 @@ def turn(line: Float32[np.ndarray, " w"]) -> None:
 
 @compiled
 def round_means(
-    sums: Float32[np.ndarray, " p"], down: np.float32, along: Float32[np.ndarray, " p"], levels: UInt8[np.ndarray, " p"]
+    sums: Float32[np.ndarray, " p"],
+    down: np.float32,
+    along: Float32[np.ndarray, " p"],
+    least: int,
+    levels: Integer[np.ndarray, " p"],
 ) -> None:
     """Sums by the sums of their weights. NumPy's division, not Python's, whose test for 0 keeps vectors away."""
     for j in range(len(levels)):
-        levels[j] = np.uint8(np.true_divide(sums[j], down * along[j]) + np.float32(0.5))
+        levels[j] = np.int32(np.true_divide(sums[j], down * along[j]) + np.float32(0.5)) + least
 
 
 @compiled
 def spread(
-    levels: UInt8[np.ndarray, "rows p"],
+    levels: Integer[np.ndarray, "rows p"],
     top: int,
     targets: Int64[np.ndarray, " m"],
     turned: bool,
-    out: UInt8[np.ndarray, " size"],
+    out: Integer[np.ndarray, " size"],
 ) -> None:
     """Write the rows of a picture from `top` on to every channel that shows it."""
     pixels, left = levels.shape[1], 0
@@ -243,19 +258,21 @@ def draw_lanes(
     rows: Sums,
     columns: Sums,
     reach: tuple[int, int],
+    levels: Levels,
     turned: bool,
-    out: UInt8[np.ndarray, " size"],
+    out: Integer[np.ndarray, " size"],
 ) -> None:
     """Draw pictures of neighbouring slices together. Arguments mean what they do for `draw_rows`."""
     start, _, down, along = places
     numbers, gain, offset, starts, targets = pictures
     first, weights, total = columns
+    least, span = levels
     pixels, taps = weights.shape
     width = reach[1] - reach[0]
     memory = np.empty((width + taps) * LANES, np.float32)
-    levels, held = np.empty((2, width * LANES), np.float32), np.empty(2, np.int64)
+    converted, held = np.empty((2, width * LANES), np.float32), np.empty(2, np.int64)
     sums, means = np.empty(pixels * LANES, np.float32), np.empty(pixels, np.float32)
-    drawn = np.empty((LANES, BAND, pixels), np.uint8)
+    drawn = np.empty((LANES, BAND, pixels), out.dtype)
     begin = 0
     while begin < len(numbers):
         end = together(numbers, gain, offset, begin)
@@ -268,14 +285,13 @@ def draw_lanes(
         for top in range(0, pixels, BAND):
             depth = min(BAND, pixels - top)
             for r in range(depth):
-                mix_lanes(
-                    flat, corner, down, along, gain[begin], offset[begin], rows, top + r, lanes, levels, held, line
-                )
+                window = gain[begin], offset[begin], span
+                mix_lanes(flat, corner, down, along, window, rows, top + r, lanes, converted, held, line)
                 narrow_lanes(memory, reach[0], first, weights, sums, lanes)
                 for m in range(begin, end):
                     for j in range(pixels):
                         means[j] = sums[j * lanes + numbers[m] - base]
-                    round_means(means, rows[2][top + r], total, drawn[m - begin, r])
+                    round_means(means, rows[2][top + r], total, least, drawn[m - begin, r])
             for m in range(begin, end):
                 spread(drawn[m - begin, :depth], top, targets[starts[m] : starts[m + 1]], turned, out)
         begin = end
@@ -303,8 +319,7 @@ def mix_lanes(
     corner: int,
     down: int,
     along: int,
-    gain: np.float32,
-    offset: np.float32,
+    window: Window,
     rows: Sums,
     i: int,
     lanes: int,
@@ -314,7 +329,7 @@ def mix_lanes(
 ) -> None:
     """The weighted sum of the rows of voxels that row i of a picture covers.
 
-    levels, held: the last two rows as grey levels, and which they are. They are strewn over memory, so a row that two
+    levels, held: the last two rows as levels, and which they are. They are strewn over memory, so a row that two
     rows of the picture share is read once.
     """
     first, weights, _ = rows
@@ -326,7 +341,7 @@ def mix_lanes(
         y = first[i] + k
         row = levels[y % 2, : len(line)]
         if held[y % 2] != y:
-            convert_lanes(flat, corner + y * down, along, gain, offset, lanes, row)
+            convert_lanes(flat, corner + y * down, along, window, lanes, row)
             held[y % 2] = y
         add(row, weights[i, k], k == 0, line)
 
@@ -336,16 +351,16 @@ def convert_lanes(
     flat: Shaped[np.ndarray, " m"],
     at: int,
     along: int,
-    gain: np.float32,
-    offset: np.float32,
+    window: Window,
     lanes: int,
     levels: Float32[np.ndarray, " w*lanes"],
 ) -> None:
-    """The grey levels of a row of voxels in neighbouring slices."""
+    """The levels of a row of voxels in neighbouring slices."""
+    gain, offset, span = window
     for x in range(0, len(levels), lanes):
         source, part = flat[at : at + lanes], levels[x : x + lanes]
         for lane in range(lanes):
-            part[lane] = grey_level(source[lane], gain, offset)
+            part[lane] = level_of(source[lane], gain, offset, span)
         at += along
 
 

@@ -8,10 +8,12 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from patchmill.kernels.boxes import snapped
 
-__all__ = ["Axis", "Table", "axis_weights", "check_slices", "on_its_side"]
+__all__ = ["AIR", "LEVELS", "Axis", "Table", "axis_weights", "check_slices", "on_its_side"]
 
 Table = tuple[Int64[np.ndarray, " p"], Float32[np.ndarray, "p k"]]  # what `axis_weights` returns
 VOXELS = ("uint8", "int16", "uint16", "float32")
+AIR = -1024  # HU; what scanners write outside of their field of view is this or less, and tissue is more
+LEVELS = {"uint8": (0, 255), "int16": (AIR, 32767)}  # a buffer holds grey levels, or HU: the least and the greatest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,11 +101,11 @@ def check_slices(
 ) -> tuple[Axis, Axis]:
     """Rows and columns as sums need them. Raises ValueError where the compiled loops would leave their arrays.
 
-    shape, dtype: of the voxels. out: the shape of the buffer. fit: whether that is uint8, may be written, and lies in
-    memory without gaps.
+    shape, dtype: of the voxels. out: the shape of the buffer. fit: whether that has a type of LEVELS, may be written,
+    and lies in memory without gaps.
     """
     if not fit:
-        raise ValueError("the buffer is no contiguous uint8 that may be written")
+        raise ValueError("the buffer is no contiguous uint8 or int16 that may be written")
     if len(shape) != 3 or 0 in shape or dtype not in VOXELS:
         raise ValueError(f"voxels of shape {shape} and type {dtype} are no volume of {', '.join(VOXELS)}")
     if slices.dtype != np.int32 or slices.ndim != 2 or slices.shape[1] != 3:

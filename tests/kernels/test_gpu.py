@@ -45,7 +45,12 @@ SIGNATURES = {  # a kernel's name, the types of its arguments, its constants
     ),
     "reslice": (
         "_reslice",
-        "*i16 *i32 *i64 *fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 *u8 i32 i32 i32 i32 i32 i32 i32 i32",
+        "*i16 *i32 *i64 *fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 *u8 i32 fp32 i32 i32 i32 i32 i32 i32 i32 i32",
+        {"rows": 4, "lanes": 256},
+    ),
+    "reslice to HU": (
+        "_reslice",
+        "*i16 *i32 *i64 *fp32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 *i16 i32 fp32 i32 i32 i32 i32 i32 i32 i32 i32",
         {"rows": 4, "lanes": 256},
     ),
     "counts": ("_sum", "*u8 *fp32 i32 i32", {"lanes": 256}),

@@ -32,9 +32,9 @@ def laid(voxels, order, flips):
     return stored.transpose(np.argsort(order))[flips]
 
 
-def drawn(voxels, slices, rows, columns, window=PLAIN, how=reslice):
+def drawn(voxels, slices, rows, columns, window=PLAIN, how=reslice, to="uint8"):
     pixels = len(rows[0])
-    out = np.full((len(slices), pixels, pixels, 3), 7, np.uint8)
+    out = np.full((len(slices), pixels, pixels, 3), 7, to)
     how(voxels, np.array(slices, np.int32).reshape(-1, 3), rows, columns, *window, out)
     return out
 
@@ -131,9 +131,10 @@ def test_places_far_away_have_no_weight():
     pixels=st.integers(1, 24),
     order=st.permutations([0, 1, 2]),
     flips=st.tuples(signs, signs, signs),
+    to=st.sampled_from(["uint8", "int16"]),
 )
 @settings(deadline=None, max_examples=250)
-def test_equals_the_definition_within_one_level(data, seed, shape, dtype, pixels, order, flips):
+def test_equals_the_definition_within_one_level(data, seed, shape, dtype, pixels, order, flips, to):
     """Any type, order of axes in memory, direction, scale and place, and other windows in each channel."""
     voxels = laid(volume(seed, shape, dtype), order, tuple(slice(None, None, each) for each in flips))
     rows, columns = (axis_weights(size, *data.draw(axes(size)), pixels) for size in shape[1:])
@@ -144,8 +145,10 @@ def test_equals_the_definition_within_one_level(data, seed, shape, dtype, pixels
     window = rng.uniform(0.05, 1.5, 3).astype(np.float32), rng.uniform(-100, 100, 3).astype(np.float32)
     if seed % 2:
         window = tuple(np.repeat(each[:1], 3) for each in window)
-    fast = drawn(voxels, numbers, rows, columns, window).astype(int)
-    slow = drawn(voxels, numbers, rows, columns, window, reference.reslice).astype(int)
+    if to == "int16":
+        window = 20 * window[0], 10 * window[1]
+    fast = drawn(voxels, numbers, rows, columns, window, to=to).astype(int)
+    slow = drawn(voxels, numbers, rows, columns, window, reference.reslice, to).astype(int)
     assert np.abs(fast - slow).max(initial=0) <= 1
 
 
@@ -280,6 +283,44 @@ def test_any_strides_give_the_same_bytes():
 
 
 @both
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 2, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hounsfield_units_are_the_voxels_rescaled(how, dtype, order):
+    """At step 1: rounded half up, not below air nor beyond 16 bits; and air where there is nothing."""
+    voxels = laid(volume(0, (5, 31, 27), dtype), order, np.s_[:, :, :])
+    rows, columns = axis_weights(31, -3, 1, 40), axis_weights(27, 30, -1, 40)
+    window = np.full(3, 2.5, np.float32), np.full(3, -1200.5, np.float32)
+    tiles = drawn(voxels, [(n, n, n) for n in range(5)], rows, columns, window, how, "int16")
+    wanted = np.full((5, 40, 40), -1024)
+    exact = voxels.astype(np.float32).astype(float) * 2.5 - 1200.5
+    wanted[:, 3:34, 3:30] = np.floor(np.clip(exact[:, :, ::-1], -1024, 32767) + 0.5)
+    assert np.abs(tiles - wanted[..., None]).max() <= (dtype == "float32")  # where float32 takes a tie for none
+    assert wanted.min() == -1024
+
+
+@both
+@pytest.mark.parametrize("ratio", [1, 2, 3, 7])
+def test_means_of_hounsfield_units_are_rounded_half_up(how, ratio):
+    voxels = volume(3, (1, 9 * ratio, 9 * ratio), "int16")
+    sums = voxels.clip(-1024).reshape(9, ratio, 9, ratio).sum(axis=(1, 3), dtype=np.int64)
+    tile = drawn(voxels, [(0, 0, 0)], *whole(voxels, 9), how=how, to="int16")[0]
+    assert np.array_equal(tile[:, :, 0], (2 * sums + ratio**2) // (2 * ratio**2))
+
+
+@both
+def test_what_is_no_hounsfield_unit_becomes_air_or_the_most_that_16_bits_hold(how):
+    voxels = np.array([[[math.nan, math.inf, -math.inf], [4e4, -3024, -1024.6], [-0.5, 0.5, 3e38]]], np.float32)
+    table = axis_weights(3, 0, 1, 3)
+    tile = drawn(voxels, [(0, 0, 0)], table, table, how=how, to="int16")[0]
+    assert tile[:, :, 0].tolist() == [[-1024, 32767, -1024], [32767, -1024, -1024], [0, 1, 32767]]
+    ends = np.full((1, 3, 3), -32768, np.int16), np.full((1, 3, 3), 65535, np.uint16)
+    assert [
+        (drawn(each, [(0, 0, 0)], table, table, how=how, to="int16") == end).all()
+        for each, end in zip(ends, (-1024, 32767), strict=True)
+    ] == [True, True]
+
+
+@both
 def test_only_its_slice_of_a_buffer_is_written(how):
     buffer = np.full((6, 8, 8, 3), 9, np.uint8)
     voxels = volume(1, (2, 16, 16))
@@ -400,6 +441,8 @@ BAD = [
     ({"gain": np.full(3, math.inf, np.float32)}, "no finite float32"),
     ({"out": np.zeros((1, 8, 16, 3), np.uint8)[:, :, ::2]}, "no contiguous uint8"),
     ({"out": np.zeros((1, 8, 8, 3), np.int8)}, "no contiguous uint8"),
+    ({"out": np.zeros((1, 8, 8, 3), np.uint16)}, "no contiguous uint8 or int16"),
+    ({"out": np.zeros((1, 8, 8, 3), ">i2")}, "no contiguous uint8 or int16"),
     ({"out": locked(np.zeros((1, 8, 8, 3), np.uint8))}, "no contiguous uint8"),
     ({"out": np.zeros((1, 8, 9, 3), np.uint8)}, "do not fit"),
     ({"out": np.zeros((8, 8, 3), np.uint8)}, "do not fit"),
