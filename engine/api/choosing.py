@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from patchmill.encoders import USUAL, intensity_of, presets
+from patchmill.encoders import USUAL, dtype_of, intensity_of, presets
 from patchmill.errors import UsageError
 from patchmill.sources import CatalogEntry
 from patchmill.types import EncodeSettings, Fit, ImageSettings, Kind, PlanSettings, Settings, VolumeSettings
@@ -46,7 +46,8 @@ def encode_for(
     """The settings with the view that these sources ask for, and what is to be said of it; mostly nothing.
 
     intensity, window: as for `patchmill.encoders.intensity_of`; where neither is given the modality that all volumes
-    name decides. Raises UsageError where that is none or several, and for what these sources have no use for.
+    name decides. An encoder of HU has no such choice. Raises UsageError where that is none or several, for what these
+    sources have no use for, and for sources that cannot be HU; EncoderError for an unknown encoder.
     """
     kind = entries[0].kind
     wanted: Mapping[Kind, Mapping[str, object]] = {
@@ -57,13 +58,20 @@ def encode_for(
         for option, value in options.items():
             if value is not None and kind != other:
                 raise UsageError(option, f"it is for {NAMES[other]}, and these are {NAMES[kind]}", "leave it out")
+    hounsfield = dtype_of(encode.encoder) == "int16"
+    if hounsfield and kind != "volume":
+        wrong = f"{encode.encoder} takes Hounsfield units, and these are {NAMES[kind]}"
+        raise UsageError("--encoder", wrong, "use another encoder; this one is for CT volumes")
     if kind == "images":
         return replace(encode, fit=fit or encode.fit or "pad"), ""
     if kind == "slide":
         return encode, ""
     asked = intensity_of(intensity, window) or encode.intensity
     said = ""
-    if asked is None:
+    if hounsfield and asked is not None:
+        option = "--intensity" if window is None else "--window"
+        raise UsageError(option, f"{encode.encoder} takes Hounsfield units as they are", "leave it out")
+    if asked is None and not hounsfield:
         modalities = sorted({entry.modality for entry in entries})
         name = USUAL.get(modalities[0]) if len(modalities) == 1 else None
         if name is None:

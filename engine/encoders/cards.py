@@ -18,8 +18,20 @@ import msgspec
 import yaml
 
 from patchmill.errors import EncoderError
+from patchmill.kernels.slices import AIR
 
-__all__ = ["Architecture", "Card", "ConvNeXt", "EfficientNetLite", "Exported", "ViT", "WeightsSource", "card", "cards"]
+__all__ = [
+    "Architecture",
+    "Card",
+    "ConvNeXt",
+    "EfficientNetLite",
+    "Exported",
+    "ViT",
+    "WeightsSource",
+    "card",
+    "cards",
+    "dtype_of",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +46,9 @@ class ViT:
     patch: int  # pixels per side
     registers: int
     eps: float  # of every LayerNorm
-    mean: tuple[float, float, float]  # of RGB in 0..1
+    mean: tuple[float, float, float]  # of RGB in 0..1, or of HU
     std: tuple[float, float, float]
+    hounsfield: tuple[float, float] | None = None  # its pixels are HU, and are clipped to these
     rope_base: int | None = None  # of rotary positions; else there is a table
     mlp: Literal["gelu", "swiglu"] = "gelu"
     bias: Literal["queries and values", "all", "none"] = "queries and values"  # of the attention's three projections
@@ -52,6 +65,11 @@ class ViT:
     def step(self) -> int:
         """The input's side is a multiple of this many pixels."""
         return self.patch
+
+    @property
+    def dtype(self) -> Literal["uint8", "int16"]:
+        """Of its pixels."""
+        return "uint8" if self.hounsfield is None else "int16"
 
     @property
     def only(self) -> int | None:
@@ -147,6 +165,11 @@ class Card:
     expects: Expects = field(default_factory=Expects)
 
     @property
+    def dtype(self) -> Literal["uint8", "int16"]:
+        """Of its pixels: RGB, or HU."""
+        return self.architecture.dtype if isinstance(self.architecture, ViT) else "uint8"
+
+    @property
     def authored(self) -> Architecture:
         """The architecture of a graph that we author; ValueError for a graph of its own."""
         if isinstance(self.architecture, Exported):
@@ -160,6 +183,11 @@ def card(name: str) -> Card:
         return cards()[name]
     except KeyError:
         raise EncoderError("--encoder", f"no encoder is called {name!r}", f"use one of {', '.join(cards())}") from None
+
+
+def dtype_of(name: str) -> Literal["uint8", "int16"]:
+    """Of an encoder's pixels: uint8 for RGB, int16 for HU. Raises EncoderError for an unknown name."""
+    return card(name).dtype
 
 
 def cards() -> Mapping[str, Card]:
@@ -238,8 +266,9 @@ def check(card: Card) -> None:
     eps = 1e-6 if isinstance(arch, Exported) else arch.eps
     numbers = (*arch.mean, *arch.std, eps)
     demand(all(math.isfinite(number) for number in numbers), "architecture", "mean, std and eps are finite numbers")
-    demand(min(arch.std) > 1e-6 and max(arch.std) <= 2, "architecture.std", "greater than 0, of pixels in 0..1")
-    demand(max(map(abs, arch.mean)) <= 2, "architecture.mean", "of pixels in 0..1")
+    most, of = (2, "pixels in 0..1") if card.dtype == "uint8" else (10000, "HU")
+    demand(min(arch.std) > 1e-6 and max(arch.std) <= most, "architecture.std", f"greater than 0, of {of}")
+    demand(max(map(abs, arch.mean)) <= most, "architecture.mean", f"of {of}")
     demand(0 < eps <= 0.1, "architecture.eps", "greater than 0, at most 0.1")
     demand(min(card.outputs.values(), default=0) > 0, "outputs", "at least one, with a width")
     demand(card.pixels > 0 and card.pixels <= MOST_PIXELS, "pixels", f"1 to {MOST_PIXELS}")
@@ -254,6 +283,10 @@ def check_vit(card: Card, arch: ViT, demand: Callable[[bool, str, str], None]) -
     """The same for what a vision transformer alone has."""
     for fact, most in {"width": 16384, "depth": 256, "heads": 256, "hidden": 65536, "patch": 256}.items():
         demand(0 < getattr(arch, fact) <= most, f"architecture.{fact}", f"1 to {most}")
+    if arch.hounsfield is not None:
+        low, high = arch.hounsfield
+        # What lies beyond a volume is AIR, which the clip must not let through as what it was not trained on.
+        demand(AIR <= low < high <= 32767, "architecture.hounsfield", f"two ends within {AIR} and 32767, low end first")
     demand(0 <= arch.registers <= 256, "architecture.registers", "0 to 256")
     demand(arch.width % arch.heads == 0, "architecture.heads", "a divisor of the width")
     demand((arch.table is None) != (arch.rope_base is None), "architecture", "either table or rope_base")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Integer
 
 from patchmill.encoders.cache import cache_folder, code_digest
 from patchmill.encoders.graph import Model
@@ -67,10 +67,10 @@ class CudaEncoder:
         self._closed = threading.Event()
         self.provenance: Mapping[str, str] = provenance
 
-    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
+    def __call__(self, pixels: Integer[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
         """One array per tile and output; none depends on another tile. Safe to call from several threads.
 
-        pixels: uint8 RGB of the spec's size. Raises EncoderError for another shape or dtype, or if the GPU fails.
+        pixels: of the spec's size and dtype. Raises EncoderError for another shape or dtype, or if the GPU fails.
         """
         demand_tiles(self.spec, pixels)
         if self._closed.is_set():
@@ -81,7 +81,7 @@ class CudaEncoder:
             part = pixels[first : first + self._chunk]
             rows = len(part)
             if rows < self._chunk:  # always the same shape, so that no other kernels are chosen
-                part = np.concatenate([part, np.zeros((self._chunk - rows, *self.spec.input), np.uint8)])
+                part = np.concatenate([part, np.zeros((self._chunk - rows, *self.spec.input), part.dtype)])
             for array, value in zip(vectors.values(), self._session.run(list(vectors), {"pixels": part}), strict=True):
                 whole = demand_vectors(self.spec, value, (self._chunk, *array.shape[1:]))
                 array[first : first + rows] = whole[:rows]

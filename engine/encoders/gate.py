@@ -1,7 +1,8 @@
 """The execution gate: does this session, here and at this precision, give what the weights stand for?
 
-A session is judged on 32 real tiles by the fp32 CPU reference: another graph of the same weights, in standard
-operators, which the runtime may not optimise. Runtimes do get graphs wrong: see NVIDIA/TensorRT issues 4742, 4723.
+A session is judged on 32 real tiles (where it takes HU, made-up slices of CTs) by the fp32 CPU reference: another graph
+of the same weights, in standard operators, which the runtime may not optimise. Runtimes do get graphs wrong: see
+NVIDIA/TensorRT issues 4742, 4723.
 """
 
 import time
@@ -10,10 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, Integer
 from PIL import Image
 
 from patchmill.encoders.graph import Model
+from patchmill.encoders.phantoms import phantoms
 from patchmill.encoders.session import CpuEncoder
 from patchmill.errors import EncoderError
 from patchmill.types import Encoder, EncoderSpec
@@ -81,8 +83,10 @@ class GateReport:
         )
 
 
-def gate_tiles(pixels: int) -> UInt8[np.ndarray, "32 h w 3"]:
-    """The tiles that ship with the package, resized to the view where it is not 224 px."""
+def gate_tiles(pixels: int, dtype: str = "uint8") -> Integer[np.ndarray, "32 h w 3"]:
+    """The tiles that ship with the package, resized to the view where it is not 224 px; made-up CTs where it is HU."""
+    if dtype == "int16":
+        return phantoms(pixels)
     with (files("patchmill.encoders") / "tiles" / "histology.jpg").open("rb") as file, Image.open(file) as mosaic:
         picture = np.asarray(mosaic.convert("RGB"))
     rows, columns = picture.shape[0] // SIDE, picture.shape[1] // SIDE
@@ -97,7 +101,8 @@ def reference_of(spec: EncoderSpec, model: Model, threads: int | None = None) ->
     """Vectors of the gate's tiles from a reference graph, run as it is written, without optimisation."""
     encoder = CpuEncoder(spec, model, threads, optimise=False)
     try:
-        return {name: _few(vectors) for name, vectors in encoder(gate_tiles(spec.view.pixels)).items()}
+        tiles = gate_tiles(spec.view.pixels, spec.view.dtype)
+        return {name: _few(vectors) for name, vectors in encoder(tiles).items()}
     finally:
         encoder.close()
 
@@ -140,7 +145,7 @@ def with_whole(report: GateReport, encoder: Encoder) -> GateReport:
 
 def _looked_at(encoder: Encoder) -> tuple[bool, bool, float, dict[str, Float[np.ndarray, "32 d"]]]:
     """Whether all is finite; whether a tile gives the same bytes everywhere; tiles per second; vectors of the tiles."""
-    tiles = gate_tiles(encoder.spec.view.pixels)
+    tiles = gate_tiles(encoder.spec.view.pixels, encoder.spec.view.dtype)
     full = np.resize(tiles, (max(encoder.batch, len(tiles)), *tiles.shape[1:]))  # over and over, to fill a batch
     encoder(tiles[:4])  # warm up
     start = time.perf_counter()

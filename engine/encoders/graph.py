@@ -107,13 +107,19 @@ class Graph:
         to = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         return self.op("Cast", value, name=f"{value}.{np.dtype(dtype).name}", to=to)
 
-    def finish(self, inputs: Mapping[str, Sequence[int | str]], outputs: Mapping[str, Sequence[int | str]]) -> Model:
-        """Close the graph. inputs: uint8, outputs: float32, each as name -> shape with "B" for the batch."""
+    def finish(
+        self,
+        inputs: Mapping[str, Sequence[int | str]],
+        outputs: Mapping[str, Sequence[int | str]],
+        dtype: str = "uint8",
+    ) -> Model:
+        """Close the graph. inputs: of dtype, outputs: float32, each as name -> shape with "B" for the batch."""
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         arrays = {name: array for name, array in self.constants.items() if array.nbytes > INLINE}
         graph = helper.make_graph(
             self.nodes,
             self.name,
-            [helper.make_tensor_value_info(name, TensorProto.UINT8, shape) for name, shape in inputs.items()],
+            [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
             [
                 _external(name, array) if name in arrays else onnx.numpy_helper.from_array(array, name)

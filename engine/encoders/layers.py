@@ -29,24 +29,33 @@ def patches(
     pixels: int,
     constants: tuple[tuple[float, ...], tuple[float, ...]],
     precision: Precision,
+    hounsfield: tuple[float, float] | None = None,
 ) -> tuple[str, Float64[np.ndarray, " d"]]:
     """Vectors of square patches [B, n, D] in fp32 without their bias, and the bias. In every precision 0..255 is exact.
 
     A convolution whose step is its size is a product, into which the normalisation of pixels is folded: W ((x / 255 -
     mean) / std) + b. In half precision 128 is taken from x first, which makes the rounding of W weigh a third as much.
-    name: of the layer. pixels: per side of the input. constants: mean and std of RGB in 0..1.
+    name: of the layer. pixels: per side of the input. constants: mean and std of RGB in 0..1. hounsfield: the ends that
+    x is clipped to where it is HU, and mean and std are; this one product is then fp32 in every precision, since bf16
+    has too few bits for them.
     """
     mean, std = (np.array(each)[:, None, None] for each in constants)
     weight = weights[f"{name}.weight"].astype(np.float64) / std  # [D, 3, p, p]
     bias: Float64[np.ndarray, " d"] = weights[f"{name}.bias"] - (weight * mean).sum(axis=(1, 2, 3))
     width, _, p, _ = weight.shape
-    dtype = inner(precision)
-    matrix = (weight / 255).transpose(2, 3, 1, 0).reshape(-1, width)  # rows: y, x, channel
+    unit, dtype = (255, inner(precision)) if hounsfield is None else (1, np.float32)
+    matrix = (weight / unit).transpose(2, 3, 1, 0).reshape(-1, width)  # rows: y, x, channel
     n = pixels // p
     x = g.op("Reshape", "pixels", g.ints(f"{name}.split", 0, n, p, n, p, 3), name=f"{name}.rows")  # [B, g, p, g, p, 3]
     x = g.op("Transpose", x, name=f"{name}.columns", perm=[0, 1, 3, 2, 4, 5])  # [B, g, g, p, p, 3]
     x = g.op("Reshape", x, g.ints(f"{name}.flat", 0, n * n, p * p * 3), name=f"{name}.vectors")  # [B, n, p p 3]
     x = g.cast(x, dtype)
+    if hounsfield is not None:
+        low, high = (
+            g.constant(f"{name}.{end}", np.array(value, np.float32))
+            for end, value in zip(("low", "high"), hounsfield, strict=True)
+        )
+        x = g.op("Clip", x, low, high, name=f"{name}.clipped")
     if dtype != np.float32:
         x = g.op("Sub", x, g.constant("grey", np.array(128, dtype)), name=f"{name}.centred")
         bias = bias + 128 * matrix.sum(axis=0)

@@ -20,10 +20,12 @@ def tensorrt_findings(model: Model) -> list[str]:
     """What TensorRT would not take, or would leave to another runtime, one line each; empty for a graph it can run.
 
     Operators and domains; a dimension other than the batch that is not known; uint8 that is used before it is
-    converted; integers that are computed and not given.
+    converted; int16, which it has not; integers that are computed and not given.
     """
     graph = model.proto.graph
     found = [f"operator {node.op_type} ({node.name})" for node in graph.node if node.op_type not in OPERATORS]
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    found += [f"int16 input ({name})" for name, kind in kinds.items() if kind == TensorProto.INT16]
     found += [f"domain {node.domain} ({node.name})" for node in graph.node if node.domain not in ("", "ai.onnx")]
     if found:
         return found
@@ -35,7 +37,7 @@ def tensorrt_findings(model: Model) -> list[str]:
             found.append(f"shape [{', '.join(unknown)}] that is not fixed ({value.name})")
         if kind.elem_type in INTEGERS:
             found.append(f"arithmetic with integers ({value.name})")
-    pixels = {value.name for value in graph.input if value.type.tensor_type.elem_type == TensorProto.UINT8}
+    pixels = {name for name, kind in kinds.items() if kind == TensorProto.UINT8}
     for node in graph.node:
         if node.op_type != "Cast" and pixels & set(node.input):
             found.append(f"uint8 {node.op_type} ({node.name})")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Integer
 from onnxruntime.capi import onnxruntime_pybind11_state as pybind11_state
 
 from patchmill.encoders.cache import code_digest
@@ -79,10 +79,10 @@ class CpuEncoder:
             "patchmill": code_digest(),
         }
 
-    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
+    def __call__(self, pixels: Integer[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
         """One array per tile and output; none depends on another tile.
 
-        pixels: uint8 RGB of the spec's size. Raises EncoderError for another shape or dtype, or if the runtime fails.
+        pixels: of the spec's size and dtype. Raises EncoderError for another shape or dtype, or if the runtime fails.
         """
         demand_tiles(self.spec, pixels)
         if self._closed.is_set():
@@ -110,8 +110,8 @@ class CpuEncoder:
 
 def demand_tiles(spec: EncoderSpec, pixels: np.ndarray) -> None:
     """Raises EncoderError for tiles of another dtype or shape than the encoder's input."""
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != spec.input:
-        wanted = f"uint8 [b, {', '.join(map(str, spec.input))}]"
+    if pixels.dtype != spec.view.dtype or pixels.shape[1:] != spec.input:
+        wanted = f"{spec.view.dtype} [b, {', '.join(map(str, spec.input))}]"
         given = f"{pixels.dtype} [{', '.join(map(str, pixels.shape))}]"
         raise EncoderError(spec.name, f"tiles are {given}, the encoder takes {wanted}", "resize them to the view")
 

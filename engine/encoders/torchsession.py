@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Integer
 
 from patchmill.encoders.cache import code_digest
 from patchmill.encoders.graph import Model
@@ -42,12 +42,12 @@ class TorchEncoder:
         self._device = torch.device("cuda", 0)
         self._lock = threading.Lock()  # one thread sends its chunks at a time
         self._closed = False
-        shape = (self._chunk, *spec.input)
+        shape, dtype = (self._chunk, *spec.input), getattr(torch, spec.view.dtype)
         try:
             with torch.inference_mode(), torch.cuda.device(self._device):
-                self._staged = [torch.zeros(shape, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
+                self._staged = [torch.zeros(shape, dtype=dtype, pin_memory=True) for _ in range(SLOTS)]
                 self._inputs = [each.to(self._device) for each in self._staged]
-                self._pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device)
+                self._pixels = torch.zeros(shape, dtype=dtype, device=self._device)
                 self._copied = [_event() for _ in range(SLOTS)]
                 self._taken = [_event() for _ in range(SLOTS)]
                 self._copying, self._working = _stream(), _stream()
@@ -68,10 +68,10 @@ class TorchEncoder:
             "patchmill": code_digest(),
         }
 
-    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
+    def __call__(self, pixels: Integer[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
         """One array per tile and output; none depends on another tile. Safe to call from several threads.
 
-        pixels: uint8 RGB of the spec's size. Raises EncoderError for another shape or dtype, or if the GPU fails.
+        pixels: of the spec's size and dtype. Raises EncoderError for another shape or dtype, or if the GPU fails.
         """
         demand_tiles(self.spec, pixels)
         rows = len(pixels)
@@ -109,7 +109,7 @@ class TorchEncoder:
         self._module = module  # holds the weights, whose addresses the graph knows
         return graph, outputs
 
-    def _send(self, part: UInt8[np.ndarray, "c h w 3"]) -> None:
+    def _send(self, part: Integer[np.ndarray, "c h w 3"]) -> None:
         """Queue one chunk: `_outputs` will hold its vectors. What fills it up are earlier tiles."""
         slot, self._next = self._next, (self._next + 1) % SLOTS
         self._copied[slot].synchronize()  # what was here has left

@@ -61,7 +61,7 @@ def build(
     target: Target = "ort",
     outputs: Sequence[str] = ("cls", "mean"),
 ) -> Model:
-    """The graph for one resolution: uint8 [B, pixels, pixels, 3] to fp32 outputs, all of them after the final norm.
+    """The graph for one resolution: [B, pixels, pixels, 3], uint8 or HU, to fp32 outputs, all after the final norm.
 
     cls [B, D]; mean [B, D], over the patch tokens, registers excluded; cls-mean [B, 2 D], one after the other;
     token [B, g, g, D]; projected [B, head_width], of CLS by a linear head; pooled [B, head_width], by CONCH's pooler.
@@ -75,13 +75,14 @@ def build(
         x = _attention(author, x, f"blocks.{block}")
         x = _mlp(author, x, f"blocks.{block}")
     shapes = _outputs(author, _norm(author, x, "norm"), outputs)
-    return author.graph.finish({"pixels": ["B", pixels, pixels, 3]}, shapes)
+    return author.graph.finish({"pixels": ["B", pixels, pixels, 3]}, shapes, arch.dtype)
 
 
 def _embed(author: _Author) -> str:
     """Patches to tokens, with positions from a table where there is one."""
     g, arch, n = author.graph, author.arch, author.grid
-    x, bias = patches(g, author.weights, "patch", n * arch.patch, (arch.mean, arch.std), author.precision)
+    constants = (arch.mean, arch.std)
+    x, bias = patches(g, author.weights, "patch", n * arch.patch, constants, author.precision, arch.hounsfield)
     # Zero rows in front, then one addition: CLS and registers to those rows, the bias to all others; and positions.
     x = g.op("Pad", x, g.ints("patch.pads", 0, author.prefix, 0, 0, 0, 0), name="patch.pad")  # [B, T, D]
     rows = np.concatenate([author.weights["cls"][None].astype(np.float64), np.zeros((author.prefix - 1, len(bias)))])

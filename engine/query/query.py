@@ -86,6 +86,9 @@ def query_image(
     """
     opened = open_index(archive, index)
     spec = _spec(archive, opened)
+    if spec.view.dtype == "int16":
+        wrong = f"{spec.name} takes Hounsfield units, which a picture does not hold"
+        raise UsageError("--image", wrong, "give a place of a source: --source and --at")
     pixels = read_image(image, spec.view.pixels) if spec.view.fit is None else read_member(image, spec.view)
     vector = _embed(spec, pixels, weights)[opened.manifest.output]
     key = opened.manifest.plan

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from patchmill.archive import Archive
+from patchmill.encoders import USUAL, presets
 from patchmill.errors import SourceError
 from patchmill.kernels import pack
 from patchmill.sources import box_of, cut, greys_of, grid_of, open_images, open_slide, open_volume
@@ -66,7 +67,12 @@ def read_tile(slide: Slide, plan: SlidePlan, row: int) -> UInt8[np.ndarray, "til
 def read_slice(
     volume: Volume, plan: VolumePlan, view: View, source: str, row: int, point: Sequence[float] | None
 ) -> Image.Image:
-    """The slice that a tile is a part of, in the greys that the encoder sees. Raises SourceError."""
+    """The slice that a tile is a part of, in the encoder's greys; HU as CTs are usually shown.
+
+    Raises SourceError.
+    """
+    if view.dtype == "int16":
+        view = replace(view, dtype="uint8", intensity=presets()[USUAL["CT"]])
     plane, number, y, x = plan.coords[row].tolist()
     extents = [plan.shape[axis] * plan.steps[axis] / plan.spacing for axis in PLANE_AXES[plane][1:]]
     side = math.ceil(max(extents) - 1e-6)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, Integer
 
 from patchmill.errors import SourceError
 from patchmill.kernels import reslice
@@ -13,7 +13,7 @@ from patchmill.types import PLANE_AXES, QUANTILES, View, Volume, VolumePlan
 
 __all__ = ["Greys", "box_of", "cut", "greys_of"]
 
-Greys = tuple[Float32[np.ndarray, "3"], Float32[np.ndarray, "3"]]  # factor and summand per channel: 0..255 is shown
+Greys = tuple[Float32[np.ndarray, "3"], Float32[np.ndarray, "3"]]  # factor and summand per channel: to 0..255, or HU
 
 
 def box_of(plan: VolumePlan, coords: Int32[np.ndarray, "n 4"], slab: int) -> Box:
@@ -39,11 +39,12 @@ def cut(
     coords: Int32[np.ndarray, "n 4"],
     slab: int,
     greys: Greys,
-    out: UInt8[np.ndarray, "n p p 3"],
+    out: Integer[np.ndarray, "n p p 3"],
 ) -> None:
     """Cut tiles of one plane and one place in it out of a box of the grid, as `Grid.read` gives it, into a buffer.
 
-    Beyond the grid it is black, and the neighbours of an outermost slice are that slice itself.
+    Beyond the grid it is black, or air where the buffer is int16 and holds HU. The neighbours of an outermost slice are
+    that slice itself.
     """
     plane, _, y, x = coords[0].tolist()
     normal, *across = PLANE_AXES[plane]
@@ -61,7 +62,13 @@ def cut(
 
 
 def greys_of(volume: Volume, plan: VolumePlan, view: View, source: str) -> Greys:
-    """How stored voxels become grey levels. Raises SourceError where the view's intensities do not suit the volume."""
+    """How stored voxels become grey levels, or HU. Raises SourceError where the view does not suit the volume."""
+    if view.dtype == "int16":
+        if volume.units != "HU":
+            told = f"its values are {volume.units}" if volume.units else "it does not say that its values are such"
+            wrong = f"the encoder takes Hounsfield units, and {told}"
+            raise SourceError(source, wrong, "give CT as a DICOM series, or use another encoder")
+        return np.full(3, volume.slope, np.float32), np.full(3, volume.intercept, np.float32)
     intensity = view.intensity
     if intensity is None:
         raise SourceError(source, "nothing says how its values become grey levels", "give --intensity or --window")

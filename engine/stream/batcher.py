@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer
 
 from patchmill.errors import EncoderError, PatchmillError
 from patchmill.stream.clock import StageClock
@@ -27,8 +27,8 @@ class _Filling:
 
     __slots__ = ("filled", "pixels", "reserved", "row", "sealed", "shard")
 
-    def __init__(self, batch: int, tile: tuple[int, int, int]) -> None:
-        self.pixels = np.empty((batch, *tile), np.uint8)
+    def __init__(self, batch: int, tile: tuple[int, int, int], dtype: str) -> None:
+        self.pixels = np.empty((batch, *tile), dtype)
         self.shard = np.full(batch, -1, np.int32)
         self.row = np.zeros(batch, np.int64)
         self.reset()
@@ -59,7 +59,7 @@ class Batcher:
     def __init__(self, encoder: Encoder, batch: int, on_rows: Callable[[str, int], None] | None = None) -> None:
         self._encoder, self._batch, self._on_rows = encoder, batch, on_rows
         # One for each call, one that waits its turn, one that is being filled.
-        self._free = [_Filling(batch, encoder.spec.input) for _ in range(encoder.parallel + 2)]
+        self._free = [_Filling(batch, encoder.spec.input, encoder.spec.view.dtype) for _ in range(encoder.parallel + 2)]
         self._current: _Filling | None = None
         self._ready: deque[_Filling] = deque()
         self._shards: dict[int, OpenShard] = {}
@@ -105,7 +105,7 @@ class Batcher:
 
     def slots(
         self, shard: OpenShard, row: int, count: int, clock: StageClock
-    ) -> Iterator[tuple[int, UInt8[np.ndarray, "n h w 3"]]]:
+    ) -> Iterator[tuple[int, Integer[np.ndarray, "n h w 3"]]]:
         """Buffer space for the tiles of rows [row, row + count) of a shard, piece by piece, as (first, out).
 
         The body of the loop fills `out` with the pixels of tiles first, first + 1, ... (counted from `row`).

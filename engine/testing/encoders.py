@@ -4,10 +4,10 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Integer
 
 from patchmill.cluster import Doors
-from patchmill.encoders import GateReport
+from patchmill.encoders import GateReport, dtype_of
 from patchmill.sources import open_slide
 from patchmill.testing.slides import open_formula
 from patchmill.types import EncoderSpec, EncodeSettings, Slide, SourceRef, View
@@ -34,7 +34,7 @@ class NullEncoder:
         self._rate = rate
         self._free_at = 0.0
 
-    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b d"]]:
+    def __call__(self, pixels: Integer[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b d"]]:
         """One vector per tile, after the time that the stated rate asks for."""
         if self._rate:
             now = time.monotonic()
@@ -63,8 +63,14 @@ def null_spec(view: View) -> EncoderSpec:
 
 
 def view_of(settings: EncodeSettings) -> View:
-    """The view that settings ask for."""
-    return View(pixels=settings.pixels or 224, intensity=settings.intensity, slab=settings.slab, fit=settings.fit)
+    """The view that settings ask for, in the dtype of the encoder that they name."""
+    return View(
+        pixels=settings.pixels or 224,
+        dtype=dtype_of(settings.encoder),
+        intensity=settings.intensity,
+        slab=settings.slab,
+        fit=settings.fit,
+    )
 
 
 def resolve_null(settings: EncodeSettings) -> EncoderSpec:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer
 
 from patchmill.errors import UsageError
 from patchmill.types.common import fingerprint_of
@@ -45,12 +45,15 @@ class View:
 
     pixels: int = 224  # per side of the input
     filter: Literal["area"] = "area"  # the resampling rule where tile and input differ in size
-    dtype: Literal["uint8"] = "uint8"
+    dtype: Literal["uint8", "int16"] = "uint8"  # RGB or grey levels; or, of CT volumes alone, HU as they are
     intensity: Intensity | None = None  # of volumes
     slab: int = 1  # of volumes: 3 puts neighbouring slices into the three channels
     fit: Fit | None = None  # of image sets
 
     def __post_init__(self) -> None:
+        if self.dtype == "int16" and self.intensity is not None:
+            wrong = "this encoder takes Hounsfield units as they are, not grey levels"
+            raise UsageError("--intensity", wrong, "leave --intensity and --window out")
         if self.slab not in (1, 3):
             raise UsageError("--slab", f"{self.slab} slices do not fit into three channels", "use 1 or 3")
         if self.slab == 3 and self.intensity is not None and len(self.intensity.windows) == 3:
@@ -147,8 +150,11 @@ class Encoder(Protocol):
     batch: int  # tiles per call that suit it
     parallel: int  # calls at a time that suit it: two keep a GPU busy while the vectors of one are taken away
 
-    def __call__(self, pixels: UInt8[np.ndarray, "b h w 3"]) -> Mapping[str, Float[np.ndarray, "b *shape"]]:
-        """An fp32 array [b, *shape] for each of the spec's shapes. What a tile gets depends on its own pixels alone."""
+    def __call__(self, pixels: Integer[np.ndarray, "b h w 3"]) -> Mapping[str, Float[np.ndarray, "b *shape"]]:
+        """An fp32 array [b, *shape] for each of the spec's shapes. What a tile gets depends on its own pixels alone.
+
+        pixels: in the view's dtype.
+        """
         ...
 
     def close(self) -> None:

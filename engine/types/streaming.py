@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, Int64, Integer
 
 __all__ = ["Batch", "Shard", "ShardResult"]
 
@@ -29,7 +29,7 @@ class Shard:
 class Batch:
     """Tiles on their way to the encoder; one batch may serve several shards and sources."""
 
-    pixels: UInt8[np.ndarray, "b h w 3"]  # a preallocated buffer, refilled after use
+    pixels: Integer[np.ndarray, "b h w 3"]  # in the view's dtype; a preallocated buffer, refilled after use
     shard: Int32[np.ndarray, " b"]  # the worker's number of an open shard; -1 is padding
     row: Int64[np.ndarray, " b"]  # row within that shard
 

@@ -17,6 +17,11 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from sklearn.neighbors import KNeighborsClassifier
 
 from patchmill.archive import Archive
+from patchmill.encoders import open_encoder
+from patchmill.kernels import reslice
+from patchmill.kernels.slices import axis_weights
+from patchmill.testing.slides import FormulaSlide, write_pyramid
+from patchmill.types import EncodeSettings
 
 PLANTED = {
     "PatientName": "Zebedee^Quackenbush",
@@ -188,6 +193,77 @@ def test_bad_volumes_fail_by_themselves_in_one_line_each(embed, tmp_path):
         assert part in wrong[name], wrong[name]
         assert "\n" not in wrong[name]
         assert str(tmp_path) not in wrong[name]
+
+
+HOUNSFIELD = """
+name: hu
+title: ViT on Hounsfield units
+license: ours
+architecture:
+  {family: vit, width: 128, depth: 2, heads: 2, hidden: 256, patch: 16, registers: 0, eps: 1.0e-6, bias: none,
+   rope_base: 100, mean: [65, 65, 65], std: [178, 178, 178], hounsfield: [-1000, 1000]}
+pixels: 32
+outputs: {cls: 128, mean: 128}
+weights: {obtain: train it}
+"""
+
+
+def test_an_encoder_of_hounsfield_units_takes_ct_and_nothing_else(patchmill, tmp_path, monkeypatch):
+    (tmp_path / "encoders").mkdir()
+    (tmp_path / "encoders" / "hu.yaml").write_text(HOUNSFIELD)
+    monkeypatch.setenv("PATCHMILL_ENCODERS", str(tmp_path / "encoders"))
+    monkeypatch.setenv("PATCHMILL_CACHE", str(tmp_path / "cache"))
+    series = write_ct(tmp_path / "series", ball() + 1000)
+    archive = tmp_path / "archive"
+    to = ("--archive", archive, "--encoder", "hu", "--untrained", 1, "--workers", 0)
+    ran = patchmill("embed", series, *to, "--tissue", "none", "--json")
+    assert ran.code == 0, ran.err
+    assert "intensities" not in ran.err
+    opened = Archive.open(archive)
+    (record,) = opened.encoders().values()
+    assert (record.spec.view.dtype, record.spec.view.intensity) == ("int16", None)
+    store = opened.source(next(opened.source_ids()))
+    pair = store.embedded()[0]
+    vectors, valid = store.read(*pair, "cls")
+    plan = store.read_plan(pair[0])
+    assert (valid == 1).all()
+    # By hand: the series' values are those of the ball, since its intercept is -1000.
+    hu = ball().transpose(2, 1, 0)  # as axial slices are drawn: in the file, left and posterior come first
+    spec = EncodeSettings(encoder="hu", untrained=1, precision="fp32")
+    encoder = open_encoder(spec)
+    rows, columns = (axis_weights(24, 0, 24 / 32, 32) for _ in range(2))
+    wanted = np.empty((plan.rows, 32, 32, 3), np.int16)
+    slices = np.repeat(plan.coords[:, 1:2], 3, 1).astype(np.int32)
+    reslice(hu, slices, rows, columns, np.ones(3, np.float32), np.zeros(3, np.float32), wanted)
+    assert wanted.max() > 100
+    assert np.abs(vectors.astype(np.float32) - encoder(wanted)["cls"]).max() < 2e-3  # stored in half precision
+    encoder.close()
+
+    assert patchmill("index", archive).code == 0
+    at = ("--source", "1.2.3.4", "--at", "0,0,36", "-k", 2, "--picture", tmp_path / "hits.png")
+    assert patchmill("query", archive, *at).code == 0
+    with Image.open(tmp_path / "hits.png") as picture:
+        assert np.asarray(picture.convert("L"))[60:260, 20:220].std() > 5
+    ran = patchmill("query", archive, "--image", tmp_path / "hits.png")
+    assert (ran.code, "which a picture does not hold" in ran.line) == (2, True)
+
+    for option in (("--window", "0,200"), ("--intensity", "ct-lung")):
+        ran = patchmill("embed", series, *to, *option)
+        assert ran.code == 2
+        assert f"{option[0]}: hu takes Hounsfield units as they are" in ran.line
+    Image.fromarray(noise := np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png")
+    np.savez(tmp_path / "set.npz", train_images=noise[None], train_labels=np.zeros((1, 1), np.uint8))
+    write_pyramid(tmp_path / "slide.tif", FormulaSlide(448, 448, 0.5, (1,)))
+    for source, kind in (("set.npz", "image sets"), ("slide.tif", "slides")):
+        fresh = tmp_path / f"archive-{source}"
+        ran = patchmill("embed", tmp_path / source, "--archive", fresh, *to[2:])
+        assert ran.code == 2
+        assert f"--encoder: hu takes Hounsfield units, and these are {kind}" in ran.line
+        assert not fresh.exists()  # nothing was planned
+    ran = patchmill("embed", write_nifti(tmp_path / "b.nii", ball()), "--archive", tmp_path / "n", *to[2:], "--json")
+    assert ran.code == 1
+    (outcome,) = json.loads(ran.out)["outcomes"]
+    assert "the encoder takes Hounsfield units, and it does not say that its values are such" in outcome["wrong"]
 
 
 def test_one_volume_of_several_can_be_chosen(embed, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -44,7 +45,7 @@ def tiles(volume, plan, view=BYTES, rows=None):
     """The tiles of a plan as a pipeline would cut them, each box read once."""
     grid, greys = grid_of(volume, "v"), greys_of(volume, plan, view, "v")
     start, stop = rows or (0, plan.rows)
-    out = np.full((stop - start, view.pixels, view.pixels, 3), 77, np.uint8)
+    out = np.full((stop - start, view.pixels, view.pixels, 3), 77, view.dtype)
     for part in sections(plan, start, stop, view.slab):
         voxels = grid.read(volume, part.box)
         coords = plan.coords[part.start : part.stop]
@@ -247,6 +248,28 @@ def test_windows_are_linear_and_clip():
         greys_of(volume, plan, View(intensity=Intensity(windows=((0.0, 10.0),), units="SUV")), "v")
     with pytest.raises(SourceError, match="no black and white"):
         greys_of(volume, plan, BYTES, "v")
+
+
+def test_hounsfield_units_are_cut_as_they_are_with_air_around():
+    values = np.arange(-2048, 2048, dtype=np.int16).reshape(16, 16, 16)
+    volume = ArrayVolume(values, affine_of("RAS", (1.0, 1.0, 2.0)), units="HU", slope=2.0, intercept=-100.0)
+    plan = plan_volume(volume, VolumeSettings(tissue="none"), "v")
+    plan = replace(plan, sides=(20, 20, 20), coords=plan.coords - np.array([0, 0, 2, 2], np.int32))
+    found = tiles(volume, plan, View(pixels=20, dtype="int16"))
+    wanted = np.full((16, 20, 20), -1024)
+    wanted[:, 2:18, 2:18] = (values.transpose(2, 1, 0)[:, ::-1, ::-1].astype(int) * 2 - 100).clip(-1024)
+    assert found.dtype == np.int16
+    assert np.array_equal(found, np.repeat(wanted[..., None], 3, axis=3))
+    slab = tiles(volume, plan, View(pixels=20, dtype="int16", slab=3))
+    assert np.array_equal(slab[1:-1], np.stack([wanted[:-2], wanted[1:-1], wanted[2:]], axis=3))
+
+
+@pytest.mark.parametrize(("units", "told"), [("SUV", "its values are SUV"), ("", "it does not say that its")])
+def test_values_that_are_no_hounsfield_units_are_refused(units, told):
+    volume = ArrayVolume(noise((8, 8, 8)), affine_of("RAS", (1.0, 1.0, 1.0)), units=units)
+    plan = plan_volume(volume, VolumeSettings(tissue="none"), "v")
+    with pytest.raises(SourceError, match=f"the encoder takes Hounsfield units, and {told}"):
+        greys_of(volume, plan, View(dtype="int16"), "v")
 
 
 def test_quantiles_are_those_of_the_body():

@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,3 +166,18 @@ def test_an_encoder_that_takes_two_calls_gets_them_and_is_busy_only_once():
     assert all(len(vectors) == 50 for vectors in found)
     assert batcher.tiles == 100
     assert 0 < batcher.busy + batcher.starved <= time.perf_counter() - began
+
+
+def test_buffers_have_the_dtype_of_the_encoders_view():
+    recorder = Recorder()
+    recorder.spec = replace(Recorder.spec, view=View(pixels=SIDE, dtype="int16"))
+    batcher = Batcher(recorder, 16)
+    try:
+        with batcher.shard(1) as shard:
+            for _, out in batcher.slots(shard, 0, 1, StageClock()):
+                assert out.dtype == np.int16
+                out[:] = -1000
+            batcher.wait(shard)
+            assert (shard.vectors["mean"] == -1000).all()
+    finally:
+        batcher.close()
