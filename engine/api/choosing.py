@@ -47,7 +47,7 @@ def encode_for(
 
     intensity, window: as for `patchmill.encoders.intensity_of`; where neither is given the modality that all volumes
     name decides. An encoder of HU has no such choice. Raises UsageError where that is none or several, for what these
-    sources have no use for, and for sources that cannot be HU; EncoderError for an unknown encoder.
+    sources have no use for, and for sources that cannot be HU.
     """
     kind = entries[0].kind
     wanted: Mapping[Kind, Mapping[str, object]] = {

@@ -37,5 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    print(f"patchmill: {' '.join(line.split())}", file=sys.stderr)
+    from patchmill.cli.common import shown
+
+    print(f"patchmill: {shown(' '.join(line.split()))}", file=sys.stderr)
     return code

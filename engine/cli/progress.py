@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from patchmill.cli.common import shown
 from patchmill.cluster import Event, SourceOutcome
 from patchmill.types import SourceRef
 
@@ -17,7 +18,7 @@ __all__ = ["RunProgress", "counted", "run_progress"]
 
 def outcome_line(outcome: SourceOutcome) -> str:
     """One line about how a source ended, for people."""
-    name = Path(outcome.path).name
+    name = shown(Path(outcome.path).name)
     if outcome.outcome == "complete":
         rate = f", {outcome.embedded / outcome.seconds:.1f} tiles/s" if outcome.embedded and outcome.seconds else ""
         before = ", complete before" if outcome.skipped else ""
@@ -26,7 +27,7 @@ def outcome_line(outcome: SourceOutcome) -> str:
         return f"{name}: {outcome.rows} tiles{scale}{rate}{before}{damaged}"
     if outcome.outcome == "empty":
         return f"{name}: no tissue found, complete with 0 tiles"
-    return f"{outcome.path}: {outcome.outcome}: {outcome.wrong}"
+    return f"{shown(outcome.path)}: {outcome.outcome}: {outcome.wrong}"
 
 
 class RunProgress:
@@ -42,7 +43,7 @@ class RunProgress:
 
     def found(self, refs: tuple[SourceRef, ...]) -> None:
         """All sources of the run are known."""
-        self._names = {ref.id: Path(ref.path).name for ref in refs}
+        self._names = {ref.id: shown(Path(ref.path).name) for ref in refs}
         self._sources = len(refs)
         if self._bars is not None:
             self._total = self._bars.add_task(f"{len(refs)} sources", total=None, rate="")

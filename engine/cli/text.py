@@ -7,6 +7,7 @@ import numpy as np
 
 from patchmill.api import Demo, Finding, Preview, Status
 from patchmill.archive import Damage, TokenGrid
+from patchmill.cli.common import shown
 from patchmill.cluster import RunReport
 from patchmill.encoders import EncoderCard, GateReport
 from patchmill.types import PLANES
@@ -70,14 +71,16 @@ def previews_text(previews: Iterable[Preview]) -> str:
     lines = []
     for each in previews:
         if each.wrong:
-            lines.append(f"{each.path}: {each.wrong}")
+            lines.append(f"{shown(each.path)}: {each.wrong}")
             continue
         if each.kind != "slide":
             lines += other_preview(each)
             continue
         tissue = f"; {each.tissue_mm2:.1f} mm² of tissue" if each.tissue_mm2 is not None else ""
         shrunk = f", decoded at 1/{each.shrink}" if each.shrink != 1 else ""
-        lines.append(f"{each.path}: {each.tiles} tiles at {each.mpp:.4g} µm/px from level {each.level}{shrunk}{tissue}")
+        lines.append(
+            f"{shown(each.path)}: {each.tiles} tiles at {each.mpp:.4g} µm/px from level {each.level}{shrunk}{tissue}"
+        )
         lines.append(f"  reader {each.reader}" + (f"; picture {each.picture}" if each.picture else ""))
     return "\n".join(lines)
 
@@ -85,13 +88,13 @@ def previews_text(previews: Iterable[Preview]) -> str:
 def other_preview(preview: Preview) -> list[str]:
     """The lines of a volume's or an image set's plan."""
     if preview.shape is None or preview.voxel is None:
-        return [f"{preview.path}: {preview.tiles} images", f"  reader {preview.reader}"]
+        return [f"{shown(preview.path)}: {preview.tiles} images", f"  reader {preview.reader}"]
     planes = ", ".join(f"{count} {plane}" for plane, count in (preview.planes or {}).items())
     size = " x ".join(map(str, preview.shape))
     voxel = " x ".join(f"{each:.4g}" for each in preview.voxel)
     low, high = preview.quantiles or (0, 0)
     return [
-        f"{preview.path}: {preview.tiles} tiles ({planes or 'none'}), {preview.empty} left out as empty; "
+        f"{shown(preview.path)}: {preview.tiles} tiles ({planes or 'none'}), {preview.empty} left out as empty; "
         f"{size} voxels of {voxel} mm (right, anterior, superior), body from {low:.4g} to {high:.4g}",
         f"  reader {preview.reader}",
     ]

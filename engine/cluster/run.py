@@ -22,8 +22,8 @@ from patchmill.cluster.local import local_cluster
 from patchmill.cluster.report import STAGES, RunReport, SourceOutcome
 from patchmill.cluster.tasks import PROGRESS, Doors, Job, gate_encoder
 from patchmill.encoders import available_cores
-from patchmill.errors import EncoderError, PatchmillError, UsageError
-from patchmill.sources import READ_TIMEOUT, READERS
+from patchmill.errors import EncoderError, PatchmillError, SourceError, UsageError
+from patchmill.sources import READ_TIMEOUT, READERS, Patience, content_fingerprint
 from patchmill.types import (
     EncoderSpec,
     EncodeSettings,
@@ -189,7 +189,8 @@ class _Run:
         skipped: list[SourceOutcome] = []
         for ref in refs:
             done = self._archive.source(ref.id).completion(self._job.plan.key, spec.key)
-            if done is None:
+            # Sets grow; whoever runs this again over one that has expects its new images. Of others nothing is read.
+            if done is None or (ref.kind == "images" and self._has_changed(ref)):
                 todo.append(ref)
                 continue
             outcome = SourceOutcome(
@@ -203,6 +204,17 @@ class _Run:
             skipped.append(outcome)
             self._watch(Event("ended", ref.id, outcome=outcome))
         return todo, skipped
+
+    def _has_changed(self, ref: SourceRef) -> bool:
+        """Whether a source is not what was planned, or cannot be read: planning it again then tells."""
+        known = self._archive.source(ref.id).info()["fingerprint"]
+        try:
+            with Patience(ref.id, self._job.read_timeout) as patience:
+                full = known.startswith("full")
+                now = patience.run(content_fingerprint, ref.path, full=full, source=ref.id, beat=patience.beat)
+        except SourceError:
+            return True
+        return bool(now != known)
 
     def _recorded(self, spec: EncoderSpec) -> bool:
         """Whether plan and encoder have their records; damaged ones are withdrawn by `verify`, and made again here."""

@@ -167,7 +167,8 @@ def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Pati
         return None
     fingerprint = store.info()["fingerprint"]
     if _fingerprint(ref, fingerprint.startswith("full"), patience) != fingerprint:
-        raise SourceError(ref.id, "its content has changed since it was planned", "add it under another id")
+        do = "embed new images as a set of their own" if ref.kind == "images" else "add it under another id"
+        raise SourceError(ref.id, "its content has changed since it was planned", do)
     geometry = store.read_plan(job.plan.key)
     roi = geometry.roi if isinstance(geometry, SlidePlan) else ""
     if ref.roi is not None and patience.run(plan.read_roi, ref).digest != roi:

@@ -71,7 +71,7 @@ def threshold_of(values: Float32[np.ndarray, " n"], units: str) -> float:
     dimmed = np.minimum(values, np.quantile(values, DIMMED))
     if dimmed.min() == dimmed.max():  # nothing, or less than 2 %, stands out
         return float(dimmed.max())
-    otsu: float = threshold_otsu(dimmed)  # type: ignore[no-untyped-call]
+    otsu: float = threshold_otsu(dimmed.astype(np.float64))  # type: ignore[no-untyped-call]
     return otsu
 
 

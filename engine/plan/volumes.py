@@ -18,6 +18,9 @@ __all__ = ["Sections", "chunks_in", "plan_volume", "runs", "sections"]
 ISOTROPIC = 0.05  # of its finest spacing: a volume whose others differ by less has equal spacings
 TOLERANCE = 0.05  # a spacing this near to the volume's own is no enlargement, as with slides
 GROUP = 16  # slices that are read together where any voxel can be had alone: a cache line of 32 bytes of int16
+MOST_ANISOTROPY = 1000  # between the voxel's longest and shortest side; thick slices reach 40
+MOST_SIDE = 1 << 24  # voxels
+MOST_TILES = 1 << 24  # of one plan; 16 bytes each in every worker
 MOST_BOX = 64 << 20  # bytes that are decoded together
 MOST_SLICE = 256 << 20
 
@@ -40,6 +43,11 @@ def plan_volume(volume: Volume, settings: VolumeSettings, source: str) -> Volume
     tile, and what reading it raises.
     """
     grid = grid_of(volume, source)
+    if max(grid.shape) > MOST_SIDE:
+        raise SourceError(source, f"its grid has {max(grid.shape)} voxels along an axis", "correct its header")
+    if max(grid.spacing) > MOST_ANISOTROPY * min(grid.spacing):
+        steps = " x ".join(f"{each:g}" for each in grid.spacing)
+        raise SourceError(source, f"its voxels of {steps} mm are out of all proportion", "correct its header")
     planes = [PLANES.index(name) for name in settings.planes or usual_planes(grid)]
     own = min(grid.spacing[axis] for plane in planes for axis in PLANE_AXES[plane][1:])
     if settings.spacing is not None and settings.spacing < own * (1 - TOLERANCE):
@@ -62,6 +70,9 @@ def plan_volume(volume: Volume, settings: VolumeSettings, source: str) -> Volume
         group = depth if plane == planes[0] else min(group, depth)
         slices = np.arange(0, grid.shape[normal], settings.every, dtype=np.int32)
         considered += len(slices) * len(y) * len(x)
+        if considered > MOST_TILES:
+            wrong = f"it would have {considered} tiles or more"
+            raise SourceError(source, wrong, "use --spacing, --every or a larger --tile, or correct its header")
         fraction = fractions(body, grid, plane, slices, (y, x), sides[plane], spacing)
         s, i, j = np.nonzero((fraction >= settings.min_tissue - 1e-6) & (fraction > 0))
         places = np.stack([np.full(len(s), plane), slices[s], y[i], x[j]], axis=1).astype(np.int32)

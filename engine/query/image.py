@@ -26,6 +26,8 @@ def read_image(path: Path, pixels: int) -> UInt8[np.ndarray, "pixels pixels 3"]:
     `pixels`, or larger than `MAX_PIXELS`.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would block for ever
+            raise UsageError(path.name, "is no file", "name a PNG, JPEG or TIFF file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:

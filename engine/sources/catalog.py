@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from patchmill.sources.dicomseries import header_of as slice_header_of
 from patchmill.sources.omezarr import is_ome_zarr
 from patchmill.sources.series import Damaged, Header, header_of, levels_within
 from patchmill.sources.stacks import is_stack
-from patchmill.sources.zarrvolume import is_zarr_volume
+from patchmill.sources.zarrvolume import claims_to_be_one
 from patchmill.types import Kind
 
 __all__ = ["CatalogEntry", "find_sources"]
@@ -99,7 +100,7 @@ def folder_entries(path: Path, name: str, kind: Kind | None, src: str) -> Iterat
         yield plain(name, path.absolute(), "images")
     elif kind in (None, "slide") and is_image(path):
         yield entry(name, path.absolute())
-    elif (kind in (None, "volume") and is_zarr_volume(path)) or (kind == "volume" and is_stack(path)):
+    elif kind in (None, "volume") and is_volume(path, kind):
         yield plain(name, path.absolute(), "volume")
     else:
         yield from folder(path, path, src, kind)
@@ -186,6 +187,30 @@ def is_image(folder: Path) -> bool:
     return is_ome_zarr(folder) or (folder.name.lower().endswith(".ome.zarr") and folder.is_dir())
 
 
+def is_volume(folder: Path, kind: Kind | None) -> bool:
+    """Whether a folder is a volume in Zarr, or one that is broken, or pictures that can be its slices if they may be.
+
+    Opening it tells what is wrong with it.
+    """
+    if kind == "volume" and (is_stack(folder) or several_pictures(folder)):
+        return True
+    return claims_to_be_one(folder)
+
+
+def is_archive(folder: Path) -> bool:
+    """Whether a folder is an archive of ours: its arrays are no volumes."""
+    return (folder / "archive.json").is_file() and (folder / "sources").is_dir()
+
+
+def several_pictures(folder: Path) -> bool:
+    """Whether a folder holds nothing but pictures, and two or more: of slices, then, that lie in some disorder."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        names = [each.name for each in entries if not each.name.startswith(".")]
+        pictures = [name for name in names if Path(name).suffix.lower() in PICTURE_SUFFIXES]
+        return len(pictures) > 1 and len(pictures) == len(names)
+    return False
+
+
 def file_of(path: Path) -> Path:
     """The file that stands for a slide: of a DICOM series the first level, whose folder may name it; else itself."""
     if path.suffix.lower() in SLIDE_SUFFIXES - {DICOM} or is_image(path):
@@ -227,14 +252,17 @@ def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[Catal
     unknown: list[Path] = []
     for where, folders, files in os.walk(top, onerror=locked.append):
         here = Path(where)
+        if is_archive(here):
+            folders.clear()
+            continue
         companions = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
         folders[:] = [name for name in folders if name not in companions]  # an MRXS keeps its pixels in there
         for name in list(folders):
             path, relative = here / name, (here / name).relative_to(base).as_posix()
-            if is_image(path):
+            if kind != "volume" and is_image(path):
                 folders.remove(name)
-                found += [entry(relative, path)] if kind in (None, "slide") else []
-            elif is_zarr_volume(path) or (kind == "volume" and is_stack(path)):
+                found += [entry(relative, path)]
+            elif is_volume(path, kind):
                 folders.remove(name)
                 found += [plain(relative, path, "volume")] if kind in (None, "volume") else []
         told = {here / name: is_slide(here / name) for name in files}
@@ -299,7 +327,7 @@ def matches(pattern: str, kind: Kind | None) -> Iterator[CatalogEntry]:
         name = match.relative_to(base).as_posix()
         if not match.is_dir():
             entries = file_entries(match, name, kind)
-        elif is_image(match) or is_zarr_volume(match) or kind == "images":
+        elif is_image(match) or claims_to_be_one(match) or kind == "images":
             entries = folder_entries(match, name, kind, os.fspath(match))
         elif "**" in pattern:  # which matches every folder and its files too
             continue
@@ -381,12 +409,17 @@ def mpp_in(cell: str, where: str) -> float | None:
 
 
 def distinct(found: Sequence[CatalogEntry]) -> tuple[CatalogEntry, ...]:
-    """Sorted by name; what is named twice in the same words counts once, anything less clear is refused."""
+    """Sorted by name; what is named twice in the same words counts once, as does a link to another one of them.
+
+    Anything less clear is refused.
+    """
     for new in found:
         if not new.name.isascii() and new.name.encode("utf-8", "replace") != new.name.encode(
             "utf-8", "surrogateescape"
         ):
             raise UsageError(ascii(new.path), "its name is no UTF-8", "rename it, or name the others in a catalog")
+    files = {os.path.realpath(each.path) for each in found if not os.path.islink(each.path)}
+    found = [each for each in found if not (os.path.islink(each.path) and os.path.realpath(each.path) in files)]
     by_name: dict[str, CatalogEntry] = {}
     by_file: dict[str, CatalogEntry] = {}
     for new in found:

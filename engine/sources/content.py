@@ -23,6 +23,7 @@ ENDS = 1 << 20  # bytes read at the start and at the end: headers and directorie
 SAMPLE = 64 << 10
 SAMPLES = 14  # between the ends
 MOST_FILES = 256  # of one source that are looked into: an OME-Zarr image has one per chunk
+ABSENT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 DESCRIBING = (*ATTRIBUTES, ".zarray", ".zgroup")  # always looked into
 
 
@@ -41,12 +42,16 @@ def content_fingerprint(
     """
     digest, total = hashlib.sha256(), 0
     try:
+        lenient = holds_pictures(Path(path))
         files = list(parts(Path(path)))
         every = 1 if full else -(-len(files) // MOST_FILES)
         for number, (name, file) in enumerate(files):
-            status = os.stat(file)
+            status = status_of(file, passed=lenient)
+            if status is None:  # so will whoever opens the source; when it can be read, the content has changed
+                digest.update(f"{name}\0-\0".encode("utf-8", "surrogateescape"))
+                continue
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe would block for ever
-                raise SourceError(source, "it is no regular file", "name the slide's own file")
+                raise SourceError(source, "it is no regular file", "name the source's own file")
             size = status.st_size
             total += size
             if name:
@@ -66,6 +71,24 @@ def content_fingerprint(
     return f"{'full' if full else 'sampled'}:{total}:{digest.hexdigest()}"
 
 
+def holds_pictures(path: Path) -> bool:
+    """Whether a folder is a stack or an image set, which pass over what is no readable file; Zarr does not."""
+    return path.is_dir() and not any((path / name).exists() for name in DESCRIBING)
+
+
+def status_of(file: Path, *, passed: bool) -> os.stat_result | None:
+    """What the system says of a file. passed: None for what is no file that this user can read. Raises OSError."""
+    if not passed:
+        return os.stat(file)
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+    return status if stat.S_ISREG(status.st_mode) and os.access(file, os.R_OK) else None
+
+
 def parts(path: Path) -> Iterator[tuple[str, Path]]:
     """The file itself, without a name so that renaming it changes nothing, and what lies in its companion folder.
 
@@ -81,7 +104,7 @@ def parts(path: Path) -> Iterator[tuple[str, Path]]:
         yield from sorted((header.uid if len(levels) > 1 else "", Path(header.path)) for header in levels)
         return
     if path.is_dir():  # a Zarr volume, a stack of pictures, an image set
-        yield from below(path)
+        yield from below(path, links=holds_pictures(path))
         return
     yield "", path
     if (voxels := voxels_beside(path)) is not None:
@@ -110,8 +133,11 @@ def voxels_beside(path: Path) -> tuple[str, Path] | None:
     return None
 
 
-def below(folder: Path) -> list[tuple[str, Path]]:
-    """All files of a folder by their names in it. Raises OSError for what cannot be listed and links to folders."""
+def below(folder: Path, *, links: bool = False) -> list[tuple[str, Path]]:
+    """All files of a folder by their names in it. Raises OSError for what cannot be listed and for links to folders.
+
+    links: links to folders are passed over.
+    """
 
     def told(error: OSError) -> None:
         raise error
@@ -119,7 +145,7 @@ def below(folder: Path) -> list[tuple[str, Path]]:
     found: list[tuple[str, Path]] = []
     for where, folders, names in os.walk(folder, onerror=told):
         for name in folders:
-            if os.path.islink(os.path.join(where, name)):
+            if not links and os.path.islink(os.path.join(where, name)):
                 raise OSError(errno.ELOOP, "a link to a folder, whose files would be left out")
         files = (Path(where) / name for name in names)
         found += ((file.relative_to(folder).as_posix(), file) for file in files)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources.files import failure
+from patchmill.sources.files import failure, files_in
 from patchmill.sources.patience import beat
 from patchmill.sources.series import PIXELS, UID, Damaged, items, printable, raw, read_until, value
 
@@ -168,9 +168,7 @@ def series_within(folder: str | os.PathLike[str]) -> dict[str, tuple[SliceHeader
     or storage fails.
     """
     found: dict[str, dict[str, SliceHeader]] = {}
-    with os.scandir(folder or ".") as entries:
-        paths = sorted(entry.path for entry in entries if entry.is_file())
-    for path in paths:
+    for path in files_in(folder):
         beat()
         try:
             header = header_of(path)

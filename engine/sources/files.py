@@ -7,7 +7,7 @@ import stat
 from patchmill.errors import SourceError, TransientError
 from patchmill.types import SourceRef
 
-__all__ = ["check_readable", "failure"]
+__all__ = ["check_readable", "failure", "files_in"]
 
 TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN})
 
@@ -26,6 +26,21 @@ def check_readable(ref: SourceRef) -> None:
         raise failure(ref.id, error) from error
     if empty:
         raise SourceError(ref.id, "the file is empty", "copy it again")
+
+
+def files_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Paths of the files in a folder, sorted; links that lead nowhere or in a circle are none. Raises OSError."""
+
+    def is_file(entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_file()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return False
+            raise
+
+    with os.scandir(os.fspath(folder) or ".") as entries:
+        return sorted(entry.path for entry in entries if is_file(entry))
 
 
 def failure(source: str, error: OSError) -> SourceError:

@@ -73,7 +73,6 @@ NRRD_ENCODINGS = {"raw": False, "gzip": True, "gz": True}  # whether it is compr
 OTHER_ENCODINGS = ("ascii", "text", "txt", "hex", "bzip2", "bz2")
 PLACES = ("domain", "space", "time", "???", "none")  # kinds of axes along which voxels lie
 KINDS = ("list", "vector", "covariant-vector", "complex", "rgb-color", "rgba-color", "3d-masked-symmetric-matrix")
-SKEW = 1e-3  # most cosine between two axes that are taken for perpendicular, 0.06 degrees
 AGREE = 1e-5  # relative: headers tell six digits and more
 AGAIN = "write it again, with SimpleITK or 3D Slicer"
 SCALARS = "write it with one number per voxel"
@@ -184,7 +183,6 @@ def affine_of(ref: SourceRef, header: Header) -> Float64[np.ndarray, "4 4"]:
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = direction * spacing, origin
     check_affine(ref.id, affine)
-    check_square(ref.id, affine)
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
@@ -197,17 +195,6 @@ def pixel_name(stored: np.dtype[Any]) -> str:
 def near(told: Any, read: Float64[np.ndarray, "..."]) -> bool:
     """Whether SimpleITK reads what is told, if it is."""
     return told is None or bool(np.allclose(np.asarray(told), read, rtol=AGREE, atol=AGREE * np.abs(read).max()))
-
-
-def check_square(source: str, affine: Float64[np.ndarray, "4 4"]) -> None:
-    """Raise SourceError for axes that are not perpendicular."""
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    cosines = axes.T @ axes
-    for names, cosine in zip(("i and j", "i and k", "j and k"), cosines[(0, 0, 1), (1, 2, 2)], strict=True):
-        if abs(cosine) > SKEW:
-            degrees = np.degrees(np.arccos(cosine))
-            wrong = f"its axes {names} are not perpendicular ({degrees:.2f} degrees)"
-            raise SourceError(source, wrong, "resample it on a grid with right angles")
 
 
 # ---------------------------------------------------------------------------------------------------------- headers

@@ -4,6 +4,7 @@ Source: the NIfTI-1.1 and NIfTI-2 specifications; nibabel reads the header's fie
 storedvoxels.py). Text fields of the header may hold names and are never looked at.
 """
 
+import math
 import os
 import zlib
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ OTHERS = {  # kinds of data that are no numbers of one channel
 }
 MILLIMETRES = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # per unit of length: not told, metre, millimetre, micrometre
 MOST_OFFSET = 16 << 20  # bytes of a header with its extensions
+SKEW = 0.01  # most cosine between two axes that are taken for perpendicular: 0.6 degrees, as much as DICOM may tilt
 SINGULAR = 1e-6  # volume of the parallelepiped of the axes' directions, 1 where they are perpendicular
 
 
@@ -256,10 +258,7 @@ def frame_of(ref: SourceRef, frames: int) -> int:
 
 
 def check_affine(source: str, affine: Float64[np.ndarray, "4 4"]) -> None:
-    """Raise SourceError for an affine that is not finite, or has an axis without length or in the plane of the others.
-
-    Axes need not be perpendicular.
-    """
+    """Raise SourceError for an affine that is not finite, or has axes without length or not at right angles."""
     do = "write it with the right affine"
     if not np.isfinite(affine).all():
         wrong = f"{np.count_nonzero(~np.isfinite(affine))} of its affine's numbers are NaN or infinite"
@@ -268,6 +267,12 @@ def check_affine(source: str, affine: Float64[np.ndarray, "4 4"]) -> None:
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         if not (np.isfinite(spacing).all() and (spacing > 0).all()):
             raise SourceError(source, f"its spacing is {' x '.join(f'{each:g}' for each in spacing)} mm", do)
-        volume = abs(float(np.linalg.det(affine[:3, :3] / spacing)))
+        axes = affine[:3, :3] / spacing
+        volume = abs(float(np.linalg.det(axes)))
     if not volume > SINGULAR:
         raise SourceError(source, f"its affine is singular (directions of determinant {volume:.1e})", do)
+    cosines = (axes.T @ axes)[(0, 0, 1), (1, 2, 2)]
+    for names, cosine in zip(("i and j", "i and k", "j and k"), cosines.tolist(), strict=True):
+        if abs(cosine) > SKEW:
+            wrong = f"its axes {names} are not perpendicular ({math.degrees(math.acos(cosine)):.2f} degrees)"
+            raise SourceError(source, wrong, "resample it on a grid with right angles")

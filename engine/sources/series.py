@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from patchmill.errors import TransientError
-from patchmill.sources.files import failure
+from patchmill.sources.files import failure, files_in
 
 __all__ = ["NATIVE", "Damaged", "Frames", "Header", "frames_of", "header_of", "levels_of", "levels_within"]
 
@@ -134,9 +134,7 @@ def levels_within(folder: str | os.PathLike[str]) -> dict[str, tuple[Header, ...
     or storage fails.
     """
     found: dict[str, dict[str, Header]] = {}
-    with os.scandir(folder or ".") as entries:
-        paths = sorted(entry.path for entry in entries if entry.is_file())
-    for path in paths:
+    for path in files_in(folder):
         try:
             header = header_of(path)
         except OSError as error:

@@ -145,7 +145,8 @@ class StoredVoxels:
         except EOFError as error:
             raise SourceError(self._source, "its compressed data ends early", COPY) from error
         except zlib.error as error:
-            wrong = "fails its checksum" if "check" in str(error) else "is damaged"
+            failed = "incorrect data check" in str(error) or "incorrect length check" in str(error)
+            wrong = "fails its checksum" if failed else "is damaged, or followed by something else"
             raise SourceError(self._source, f"its compressed data {wrong}", COPY) from error
         except OSError as error:
             raise failure(self._source, error) from error
@@ -168,6 +169,10 @@ def check_size(source: str, layout: Layout, size: int) -> None:
     if not layout.compressed and layout.needed > rest:
         wrong = f"the file has {size} bytes, but its header tells of {layout.start + layout.needed}"
         raise SourceError(source, wrong, COPY)
+    i, j, _ = layout.shape
+    if not layout.compressed and rest - layout.needed >= i * j * layout.stored.itemsize:  # less is padding
+        wrong = f"the file has {size} bytes, a slice or more beyond the {layout.start + layout.needed} of its header"
+        raise SourceError(source, wrong, "correct its header, or copy it again")
 
 
 def unpacked(number: int, start: int) -> Iterator[bytes]:

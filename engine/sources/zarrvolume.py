@@ -23,7 +23,7 @@ from jaxtyping import Float64
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.files import failure
 from patchmill.sources.guardedstore import UnsafeError, open_guarded
-from patchmill.sources.omezarr import MOST_ATTRIBUTES, MOST_SIDE, UNITS, inside, multiscale
+from patchmill.sources.omezarr import MOST_ATTRIBUTES, MOST_SIDE, UNITS, inside, is_ome_zarr, multiscale
 from patchmill.sources.tiff import Unsupported
 from patchmill.types import SourceRef
 
@@ -87,7 +87,8 @@ class ZarrVolume:
             if isinstance(error, OSError) and error.errno is not None:
                 raise failure(self._ref.id, error) from error
             box = ", ".join(f"{axis} {low} to {high}" for axis, low, high in zip("ijk", start, stop, strict=True))
-            wrong = f"undecodable within {box} ({type(error).__name__})"
+            why = str(error) if isinstance(error, UnsafeError) else type(error).__name__
+            wrong = f"undecodable within {box} ({why})"
             raise SourceError(self._ref.id, wrong, "check the volume or copy it again") from error
         kept = [axis for axis in self._axes if axis in SPACE]
         with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
@@ -106,6 +107,16 @@ def is_zarr_volume(path: str | os.PathLike[str]) -> bool:
     except (Unsupported, UnsafeError, OSError):
         return False
     return True
+
+
+def claims_to_be_one(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder says that it is an OME-Zarr image or an array of three or more axes, or says it unreadably."""
+    try:
+        return is_ome_zarr(path) or len((array_in(Path(path)) or {"shape": ()})["shape"]) >= len(SPACE)
+    except (UnsafeError, KeyError, TypeError):
+        return True
+    except OSError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------- what all such volumes do

@@ -15,6 +15,7 @@ from patchmill.types.sources import Fit
 
 __all__ = ["TOKEN", "EncodeSettings", "Encoder", "EncoderSpec", "Intensity", "View"]
 
+MOST_VALUE = 1e30  # far within float32, which voxels are seen in
 TOKEN = "token"  # the name of the dense features among the outputs
 
 
@@ -32,7 +33,8 @@ class Intensity:
         if self.scale != "stored" and len(self.windows) not in (1, 3):
             raise UsageError("--window", f"{len(self.windows)} windows for three channels", "give one or three")
         for low, high in self.windows:
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            sound = math.isfinite(low) and math.isfinite(high) and low < high
+            if not sound or high - low < 1e-30 or max(abs(low), abs(high)) > MOST_VALUE:
                 raise UsageError("--window", f"{low:g} to {high:g} is no window", "give the lower end first")
             if self.scale == "quantile" and not {low, high} <= set(QUANTILES):
                 known = ", ".join(f"{each:g}" for each in QUANTILES)

@@ -52,7 +52,7 @@ def spoil(path: Path, good: Path) -> None:
 BAD = {  # file -> how it is made, and what its line says
     "missing.svs": (lambda path, good: None, "there is no such file; check the path"),
     "dangling.svs": (lambda path, good: path.symlink_to("nowhere"), "there is no such file; check the path"),
-    "pipe.svs": (lambda path, good: os.mkfifo(path), "it is no regular file; name the slide's own file"),
+    "pipe.svs": (lambda path, good: os.mkfifo(path), "it is no regular file; name the source's own file"),
     "empty.svs": (lambda path, good: path.touch(), "the file is empty; copy it again"),
     "text.svs": (lambda path, good: path.write_text("Dear Sir\n" * 999), "not a slide, or cut short"),
     "header.tif": (lambda path, good: path.write_bytes(good.read_bytes()[:16]), "not a slide, or cut short"),

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import nibabel
@@ -375,6 +376,111 @@ def test_an_npz_brings_its_labels_and_the_probe_is_scikit_learns(patchmill, embe
     accuracy = (theirs.predict(vectors[45:]) == arrays["test_labels"].ravel()).mean()
     (found,) = json.loads(ran.out)["results"]
     assert found["tiles"]["accuracy"]["value"] == pytest.approx(accuracy)
+
+
+def test_a_set_that_has_changed_since_it_was_complete_is_told(embed, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (96, 96), (number * 60, 20, 20)).save(folder / f"{number}.png")
+    archive, options = tmp_path / "archive", ("--as", "images", "--pixels", 96)
+    assert embed(archive, folder, *options).code == 0
+    again = embed(archive, folder, *options)
+    assert again.code == 0
+    assert "3 tiles, complete before" in again.err
+    (folder / "loop.png").symlink_to(folder / "loop.png")  # neither is a picture of the set
+    os.mkfifo(folder / "pipe.png")
+    for change in (
+        lambda: Image.new("RGB", (96, 96), "white").save(folder / "9.png"),
+        lambda: (folder / "9.png").unlink() or Image.new("RGB", (96, 96), "blue").save(folder / "1.png"),
+    ):
+        change()
+        ran = embed(archive, folder, *options)
+        assert ran.code == 1
+        assert "its content has changed since it was planned; embed new images as a set of their own" in ran.err
+
+
+def test_what_is_no_file_in_a_folder_of_pictures_costs_itself(embed, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Image.new("RGB", (96, 96), "red").save(folder / "a.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "dangling.txt").symlink_to(folder / "gone")
+    (folder / "there").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe")
+    ran = embed(tmp_path / "archive", folder, "--as", "images", "--pixels", 96)
+    assert ran.code == 0, ran.err
+    assert "1 tiles" in ran.err or "2 tiles" in ran.err
+
+
+def test_zarr_volumes_below_a_folder_are_found_broken_or_not(embed, tmp_path):
+    folder = tmp_path / "volumes"
+    attributes = {
+        "multiscales": [
+            {
+                "axes": [{"name": name, "type": "space", "unit": "millimeter"} for name in "zyx"],
+                "datasets": [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1, 1, 1]}]}],
+                "version": "0.4",
+            }
+        ]
+    }
+    for name in ("good.ome.zarr", "pathless.ome.zarr"):
+        group = zarr.open_group(folder / name, mode="w", zarr_format=2)
+        group.create_array("0", shape=(24, 24, 24), dtype="int16", chunks=(8, 24, 24))[...] = ball()
+        group.attrs.update(attributes)
+        attributes["multiscales"][0]["datasets"][0].pop("path", None)
+    zarr.create_array(
+        folder / "flat.zarr", shape=(9, 9), dtype="int16", chunks=(9, 9)
+    )  # no volume, nor one that is broken
+    zarr.create_array(folder / "four.zarr", shape=(2, 9, 9, 9), dtype="int16", chunks=(1, 9, 9, 9))
+    archive = tmp_path / "archive"
+    ran = embed(archive, folder, "--as", "volume", "--window", "0,200", "--pixels", 96)
+    assert ran.code == 1
+    lines = [line for line in ran.err.splitlines() if ".zarr" in line]
+    assert len(lines) == 3
+    assert any("good.ome.zarr: " in line and " tiles" in line for line in lines)
+    assert any("pathless.ome.zarr: failed" in line for line in lines)
+    assert any("four.zarr: failed" in line and "4 axes" in line for line in lines)
+
+
+def test_headers_that_lie_about_space_are_refused_before_memory_is_taken(embed, patchmill, tmp_path):
+    affine = np.diag([1e-7, 1e3, 1e3, 1])
+    write_nifti(tmp_path / "flat.nii.gz", ball(), affine)
+    write_nifti(tmp_path / "fine.nii.gz", ball())
+    ran = patchmill("plan", tmp_path)
+    assert ran.code == 1
+    assert "out of all proportion" in ran.out
+    assert "fine.nii.gz: " in ran.out
+    sheared = np.diag([2.0, 2, 2, 1])
+    sheared[0, 1] = 0.8
+    write_nifti(tmp_path / "sheared.nii.gz", ball(), sheared)
+    assert (
+        "its axes i and j are not perpendicular (68.20 degrees)" in patchmill("plan", tmp_path / "sheared.nii.gz").out
+    )
+    big = zarr.create_array(tmp_path / "big.zarr", shape=(20000, 20000, 20000), dtype="uint8", chunks=(64, 64, 64))
+    options = ("--as", "volume", "--voxel", "1,1,1", "--tile", 32, "--tissue", "none")
+    ran = patchmill("plan", tmp_path / "big.zarr", *options)
+    assert ran.code == 1
+    assert "tiles or more; use --spacing, --every or a larger --tile" in ran.out
+    assert big.nchunks_initialized == 0
+    long = tmp_path / "long.nii"
+    write_nifti(long, ball())
+    long.write_bytes(long.read_bytes() + bytes(24 * 24 * 2))
+    assert "a slice or more beyond" in patchmill("plan", long).out
+    assert (
+        "--window: 0 to 1e-320 is no window"
+        in embed(tmp_path / "a", tmp_path / "fine.nii.gz", "--window", "0,1e-320").err
+    )
+
+
+def test_names_cannot_steer_a_terminal(embed, tmp_path):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    write_nifti(folder / "a\x1b[31m\nb.nii.gz", ball())
+    ran = embed(tmp_path / "archive", folder, "--window", "0,200", "--pixels", 96)
+    assert ran.code == 0
+    assert "\x1b" not in ran.err
+    assert any("a\\x1b[31m\\nb.nii.gz: " in line for line in ran.err.splitlines())
 
 
 def test_options_of_another_kind_of_source_are_refused(embed, patchmill, tmp_path):

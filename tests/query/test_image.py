@@ -1,6 +1,7 @@
 """Pictures from files: what the encoder sees of them, and which are refused."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -93,5 +94,8 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, pixels, content, w
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "missing.png", tmp_path):
-        with pytest.raises(UsageError, match="cannot be read as an image"):
+        with pytest.raises(UsageError, match=r"cannot be read as an image|is no file"):
             read_image(path, 64)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UsageError, match="is no file"):
+        read_image(tmp_path / "pipe.png", 64)

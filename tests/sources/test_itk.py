@@ -358,7 +358,7 @@ RAW = {
     "no directions": ([], [SPACE], "its space directions are not told of every axis"),
     "none": ([f"{SPACE}: (1,0,0) none (0,0,1)"], [SPACE], "its space directions are not told of every axis"),
     "sheared": ([f"{SPACE}: (1,0,0) (0.1,1,0) (0,0,1)"], [SPACE], "i and j are not perpendicular (84.29 degrees)"),
-    "skew": ([f"{SPACE}: (1,0,0) (0,1,0) (0,-0.01,1)"], [SPACE], "j and k are not perpendicular (90.57 degrees)"),
+    "skew": ([f"{SPACE}: (1,0,0) (0,1,0) (0,-0.02,1)"], [SPACE], "j and k are not perpendicular (91.15 degrees)"),
     "zero": ([f"{SPACE}: (0,0,0) (0,1,0) (0,0,3)"], [SPACE], "its spacing is 0 x 1 x 3 mm"),
     "NaN": ([f"{SPACE}: (nan,0,0) (0,1,0) (0,0,3)"], [SPACE], "its spacing is nan x 1 x 3 mm"),
     "infinite": ([f"{SPACE}: (1,0,0) (0,inf,0) (0,0,3)"], [SPACE], "its spacing is 1 x inf x 3 mm"),

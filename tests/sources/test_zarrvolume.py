@@ -288,7 +288,7 @@ def test_a_damaged_chunk_costs_its_boxes_alone(tmp_path, codec, shards):
     volume = ZarrVolume(ref(path))
     file = path / "c" / "0" / "0" / "0"
     file.write_bytes(file.read_bytes()[:30])
-    with pytest.raises(SourceError, match=r"undecodable within i 0 to 20, j 0 to 5, k 0 to 3 \(\w+\)"):
+    with pytest.raises(SourceError, match=r"undecodable within i 0 to 20, j 0 to 5, k 0 to 3 \([\w ]+\)"):
         volume.read((0, 0, 0), (20, 5, 3))
     np.testing.assert_array_equal(volume.read((0, 17, 8), (31, 20, 9)), voxels.transpose()[:, 17:, 8:])
 
@@ -324,8 +324,9 @@ def test_a_chunk_that_would_fill_the_memory_is_not_decoded(tmp_path, codec, cont
     del data
     volume = ZarrVolume(ref(path))
     before = psutil.Process().memory_info().rss
+    told = r"undecodable within .* \((more than its pixels|bytes behind its end|ZstdError)\)"
     for stop in ((256, 128, 128), (128, 128, 128)):
-        with pytest.raises(SourceError, match=r"undecodable within .* \((UnsafeError|ZstdError)\)"):
+        with pytest.raises(SourceError, match=told):
             volume.read((0, 0, 0), stop)
     assert psutil.Process().memory_info().rss - before < 100 << 20
 
@@ -345,7 +346,7 @@ def test_a_huge_file_in_place_of_a_chunk_is_not_read(tmp_path):
     before = psutil.Process().memory_info().rss
     with open(chunk_of(path), "r+b") as file:
         file.truncate(1 << 40)  # without taking room
-    assert "(UnsafeError)" in refused(path)
+    assert "(longer than its pixels)" in refused(path)
     assert psutil.Process().memory_info().rss - before < 64 << 20
 
 
