@@ -27,7 +27,7 @@ from patchmill.sources.omezarr import MOST_ATTRIBUTES, MOST_SIDE, UNITS, inside,
 from patchmill.sources.tiff import Unsupported
 from patchmill.types import SourceRef
 
-__all__ = ["ZarrVolume", "affine_of", "frame_of", "is_zarr_volume", "kept_as", "spacing_of"]
+__all__ = ["ZarrVolume", "affine_of", "claims_to_be_one", "frame_of", "kept_as", "spacing_of"]
 
 Spacing = tuple[float, float, float]
 SPACE = ("x", "y", "z")
@@ -98,15 +98,6 @@ class ZarrVolume:
 
     def close(self) -> None:
         """Nothing is held open between two reads."""
-
-
-def is_zarr_volume(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a volume that `ZarrVolume` may open, from its metadata alone."""
-    try:
-        described(os.fspath(path))
-    except (Unsupported, UnsafeError, OSError):
-        return False
-    return True
 
 
 def claims_to_be_one(path: str | os.PathLike[str]) -> bool:
@@ -239,15 +230,15 @@ def array_in(folder: Path) -> Mapping[str, Any] | None:
 
 
 def axes_of(image: Mapping[str, Any] | None, found: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of an array's axes. Plain arrays are z, y, x unless they say otherwise. Raises Unsupported."""
+    """Names of an array's axes. Plain arrays are z, y, x unless they say otherwise. Raises UnsafeError."""
     if image is None:
         names = tuple(str(name) for name in found.get("dimension_names") or ())
         if len(found["shape"]) != 3:
-            raise Unsupported(f"{len(found['shape'])} axes")
+            raise UnsafeError(f"an array of {len(found['shape'])} axes")
         return names if sorted(names) == sorted(SPACE) else ("z", "y", "x")
     axes = tuple(axis if isinstance(axis, str) else str(axis["name"]) for axis in image["axes"])
     if not set(SPACE) <= set(axes) or not set(axes) <= set("tczyx") or len(set(axes)) < len(axes):
-        raise Unsupported("axes other than x, y, z with t and c")
+        raise UnsafeError("axes other than x, y, z with t and c")
     return axes
 
 

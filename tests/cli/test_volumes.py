@@ -440,7 +440,7 @@ def test_zarr_volumes_below_a_folder_are_found_broken_or_not(embed, tmp_path):
     assert len(lines) == 3
     assert any("good.ome.zarr: " in line and " tiles" in line for line in lines)
     assert any("pathless.ome.zarr: failed" in line for line in lines)
-    assert any("four.zarr: failed" in line and "4 axes" in line for line in lines)
+    assert any("four.zarr: failed" in line and "4 axes" in line for line in lines), lines
 
 
 def test_headers_that_lie_about_space_are_refused_before_memory_is_taken(embed, patchmill, tmp_path):
@@ -467,10 +467,7 @@ def test_headers_that_lie_about_space_are_refused_before_memory_is_taken(embed, 
     write_nifti(long, ball())
     long.write_bytes(long.read_bytes() + bytes(24 * 24 * 2))
     assert "a slice or more beyond" in patchmill("plan", long).out
-    assert (
-        "--window: 0 to 1e-320 is no window"
-        in embed(tmp_path / "a", tmp_path / "fine.nii.gz", "--window", "0,1e-320").err
-    )
+    assert "is no window" in embed(tmp_path / "a", tmp_path / "fine.nii.gz", "--window", "0,1e-320").err
 
 
 def test_names_cannot_steer_a_terminal(embed, tmp_path):

@@ -21,7 +21,7 @@ from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.tiff import Unsupported
-from patchmill.sources.zarrvolume import ZarrVolume, is_zarr_volume
+from patchmill.sources.zarrvolume import ZarrVolume, claims_to_be_one
 from patchmill.types import SourceRef, Volume
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "em-fib25-medulla-250.zip"
@@ -110,7 +110,7 @@ def chunk_of(path):
 def test_a_plain_array_is_what_was_written(tmp_path, version, dtype):
     voxels = noise(dtype=dtype)
     path = plain(tmp_path / "a.zarr", voxels, version)
-    assert is_zarr_volume(path)
+    assert claims_to_be_one(path)
     volume = ZarrVolume(ref(path))
     kept = {"uint8": "uint8", "int8": "int16", "uint16": "uint16", "int16": "int16"}.get(dtype, "float32")
     assert isinstance(volume, Volume)
@@ -190,7 +190,7 @@ def test_the_finest_level_of_an_image_is_read(tmp_path, version, axes):
         turned = each.transpose(["zyx".index(axis) for axis in spatial])
         levels.append(turned.reshape([sizes.get(axis, 1) for axis in axes]))
     path = image(tmp_path / "a.zarr", levels, axes, version)
-    assert is_zarr_volume(path)
+    assert claims_to_be_one(path)
     volume = ZarrVolume(ref(path, spacing=None))
     assert (volume.shape, volume.chunk) == (SHAPE[::-1], CHUNKS[::-1])
     np.testing.assert_allclose(np.diag(volume.affine), [1e-5, 2e-5, 3e-5, 1])
@@ -238,11 +238,13 @@ def test_slides_and_other_folders_are_unsupported(tmp_path):
     zarr.create_group(group)
     file = tmp_path / "file"
     file.write_bytes(b"no folder")
-    for path in (slide, flat, picture, four, group, file, tmp_path):
-        assert not is_zarr_volume(path)
+    for path in (slide, picture, group, file, tmp_path):
         with pytest.raises(Unsupported):
             ZarrVolume(ref(path))
-    assert not is_zarr_volume(tmp_path / "missing")
+    assert "it is a Zarr volume that cannot be read: an array of 4 axes" in refused(four)
+    assert "axes other than x, y, z" in refused(flat)
+    assert all(map(claims_to_be_one, (slide, flat, picture, four)))  # which opening them corrects
+    assert not any(map(claims_to_be_one, (group, file, tmp_path, tmp_path / "missing")))
     assert "there is no such file" in refused(tmp_path / "missing")
 
 
@@ -433,12 +435,12 @@ def test_metadata_that_are_no_file_do_not_block(tmp_path):
     path = plain(tmp_path / "a", noise())
     (path / "zarr.json").unlink()
     os.mkfifo(path / "zarr.json")
-    assert not is_zarr_volume(path)
+    assert claims_to_be_one(path)
     assert "metadata that are no small file" in refused(path)
     (path / "zarr.json").unlink()
     for text in ('{"shape":' + "[" * 200_000, "{", "5"):
         (path / "zarr.json").write_text(text)
-        assert not is_zarr_volume(path)
+        assert claims_to_be_one(path) == (text != "5")
     os.truncate(path / "zarr.json", 1 << 40)
     assert "metadata that are no small file" in refused(path)
 
