@@ -57,7 +57,7 @@ def embed(
     if voxel is not None and not all(math.isfinite(each) and each > 0 for each in voxel):
         raise UsageError("--voxel", f"{voxel} are no lengths", "give millimetres along x, y and z, as 0.5,0.5,2")
     asked = plan if isinstance(plan, Settings) else None
-    entries = find_sources([Path(each) for each in listed(sources)], asked.kind if asked else kind)
+    entries = find_sources(listed(sources), asked.kind if asked else kind)
     settings = asked or settings_for(entries[0].kind, plan if isinstance(plan, Mapping) else {})
     encode, note = encode_for(
         encode or EncodeSettings(), entries, intensity=intensity, window=window, slab=slab, fit=fit

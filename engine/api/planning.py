@@ -69,7 +69,7 @@ def preview(
     folder of them. Raises UsageError; a source that cannot be planned is in the result.
     """
     asked = plan if isinstance(plan, Settings) else None
-    entries = find_sources([Path(each) for each in listed(sources)], asked.kind if asked else kind)
+    entries = find_sources(listed(sources), asked.kind if asked else kind)
     settings = asked or settings_for(entries[0].kind, plan if isinstance(plan, Mapping) else {})
     settings, rois = with_rois(entries, settings, mask, coords)
     pictures = pictures_of(entries, picture)

@@ -34,7 +34,7 @@ class SourceEntry:
 
     id: str
     name: str  # what the id is the hash of
-    path: str  # absolute
+    path: str  # absolute, or a URL
     mpp: float | None = None  # micrometres per level-0 pixel that override the file's own
     patient: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)

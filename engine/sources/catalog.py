@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from patchmill.errors import UsageError
 from patchmill.sources.dicomseries import SliceHeader, series_within
 from patchmill.sources.dicomseries import header_of as slice_header_of
+from patchmill.sources.objects import checked_url, is_url
 from patchmill.sources.omezarr import is_ome_zarr
 from patchmill.sources.series import Damaged, Header, header_of, levels_within
 from patchmill.sources.stacks import is_stack
@@ -37,7 +38,7 @@ class CatalogEntry:
     """One source as the user named it. Holds what must stay private: paths, patients, labels."""
 
     name: str  # what the source's id is made from: the catalog's id, else the path relative to what was named
-    path: str  # absolute
+    path: str  # absolute, or a URL
     kind: Kind = "slide"
     modality: str = ""  # as DICOM calls it: CT, MR, PT
     mpp: float | None = None  # micrometres per level-0 pixel that override the file's own
@@ -50,10 +51,10 @@ def find_sources(paths: Sequence[str | os.PathLike[str]], kind: Kind | None = No
 
     kind: what they are; None goes by what is there. Folders are searched with their subfolders: for slides by their
     suffixes and for OME-Zarr images, for volumes by their suffixes, for Zarr volumes and for DICOM series of CT, MR and
-    PET. A folder of pictures is an image set, or, as a volume, a stack of slices. A catalog has a column `path`
-    (relative to its own folder), and may have `id`, `mpp`, `patient`; every other column is a label. A file that is
-    missing, empty or of no known format, and a subfolder that cannot be read, is an entry all the same: opening it
-    fails, and the others go on.
+    PET. A folder of pictures is an image set, or, as a volume, a stack of slices. A URL is one Zarr volume. A catalog
+    has a column `path` (relative to its own folder, or a URL), and may have `id`, `mpp`, `patient`; every other
+    column is a label. A file that is missing, empty or of no known format, and a subfolder that cannot be read, is an
+    entry all the same: opening it fails, and the others go on.
 
     The files of a DICOM series in one folder are one source, which the first file by name stands for (of a slide, the
     first level), whichever of them is named; a volume bears the series' UID as its name.
@@ -82,7 +83,9 @@ NAMES: Mapping[Kind, str] = {"slide": "slides", "volume": "volumes", "images": "
 def entries_of(src: str, kind: Kind | None) -> Iterator[CatalogEntry]:
     """The entries of one SRC."""
     path = Path(src)
-    if path.suffix.lower() == ".csv" and not os.path.isdir(src):
+    if is_url(src):
+        yield url_entry(src, kind)
+    elif path.suffix.lower() == ".csv" and not os.path.isdir(src):
         yield from catalog(path, kind)
     elif glob.has_magic(src) and not os.path.lexists(src):
         yield from matches(src, kind)
@@ -92,6 +95,14 @@ def entries_of(src: str, kind: Kind | None) -> Iterator[CatalogEntry]:
         yield from file_entries(path, path.name, kind)
     else:
         raise UsageError(src, "there is no such file or folder", "check the path")
+
+
+def url_entry(src: str, kind: Kind | None) -> CatalogEntry:
+    """The entry of a URL: a volume, which nobody asks before it is opened. Raises UsageError."""
+    url = checked_url(src)
+    if kind not in (None, "volume"):
+        raise UsageError(url, f"{NAMES[kind]} are not read from a URL", "copy them to a disk, or mount their store")
+    return CatalogEntry(name=url, path=url, kind="volume")
 
 
 def folder_entries(path: Path, name: str, kind: Kind | None, src: str) -> Iterator[CatalogEntry]:
@@ -373,9 +384,13 @@ def described(
         cells[column] = cell.strip()
     if not cells["path"]:
         raise UsageError(where, "the path is empty", "name a file")
-    path = os.path.abspath(catalog.parent / cells["path"])  # as it is written, for the name
-    own = cells.get("id") or Path(os.path.relpath(path, catalog.parent)).as_posix()
-    found = the_one(Path(path), own, kind)
+    if is_url(cells["path"]):
+        found = url_entry(cells["path"], kind)
+        own = found.name
+    else:
+        path = os.path.abspath(catalog.parent / cells["path"])  # as it is written, for the name
+        own = cells.get("id") or Path(os.path.relpath(path, catalog.parent)).as_posix()
+        found = the_one(Path(path), own, kind)
     return replace(
         found,
         name=cells.get("id") or (found.name if found.kind == "volume" else own),
@@ -427,7 +442,7 @@ def distinct(found: Sequence[CatalogEntry]) -> tuple[CatalogEntry, ...]:
         if old != new:
             wrong = f"two sources have this name: {old.path} and {new.path}"
             raise UsageError(new.name, wrong, "name their common folder, or give ids in a catalog")
-        old = by_file.setdefault(os.path.realpath(new.path), new)
+        old = by_file.setdefault(new.path if is_url(new.path) else os.path.realpath(new.path), new)
         if old.name != new.name:
             wrong = f"the file is named twice, as {old.name!r} and as {new.name!r}"
             raise UsageError(new.path, wrong, "name it once")

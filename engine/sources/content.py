@@ -2,19 +2,25 @@
 
 import errno
 import hashlib
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from patchmill.errors import SourceError
 from patchmill.sources.dicomseries import SliceHeader, series_of
 from patchmill.sources.files import failure
+from patchmill.sources.guardedstore import METADATA, UnsafeError, open_guarded
 from patchmill.sources.itk import beside, header_of
 from patchmill.sources.nifti import image_of
+from patchmill.sources.objects import Objects, is_url, refusal
 from patchmill.sources.omezarr import ATTRIBUTES, is_ome_zarr
 from patchmill.sources.series import Damaged, Header, levels_of
 from patchmill.sources.tiff import Unsupported
+from patchmill.sources.zarrvolume import described
 from patchmill.types import SourceRef
 
 __all__ = ["content_fingerprint", "parts"]
@@ -22,6 +28,7 @@ __all__ = ["content_fingerprint", "parts"]
 ENDS = 1 << 20  # bytes read at the start and at the end: headers and directories of nearly all formats
 SAMPLE = 64 << 10
 SAMPLES = 14  # between the ends
+MOST_CHUNKS = 64  # of one on an object store that are looked into
 MOST_FILES = 256  # of one source that are looked into: an OME-Zarr image has one per chunk
 ABSENT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 DESCRIBING = (*ATTRIBUTES, ".zarray", ".zgroup")  # always looked into
@@ -38,8 +45,13 @@ def content_fingerprint(
     2.875 MiB are read whole. Of a source of more than 256 files, names and sizes of all count, and the content of those
     that describe the others and of every n-th. size: bytes of all files together. source: the id that errors name.
     beat: called after every read.
+    Of what a URL names, the metadata and the chunks of the finest level: of up to 64 of them the first 64 KiB; size: of
+    the bytes that were read. Nothing is listed, for which many have no right.
+
     Raises SourceError, or TransientError where the storage fails.
     """
+    if is_url(path):
+        return fingerprint_of_objects(Objects(path), full, source, beat)
     digest, total = hashlib.sha256(), 0
     try:
         lenient = holds_pictures(Path(path))
@@ -87,6 +99,48 @@ def status_of(file: Path, *, passed: bool) -> os.stat_result | None:
             return None
         raise
     return status if stat.S_ISREG(status.st_mode) and os.access(file, os.R_OK) else None
+
+
+def fingerprint_of_objects(store: Objects, full: bool, source: str, beat: Callable[[], None]) -> str:
+    """`content_fingerprint` of a Zarr volume on an object store."""
+    digest, total = hashlib.sha256(), 0
+    try:
+        for name, found in pieces(store, full):
+            digest.update(f"{name}\0{-1 if found is None else len(found)}\0".encode())
+            digest.update(found or b"")
+            total += len(found or b"")
+            beat()
+    except OSError as error:
+        raise refusal(source, error) from error
+    except Unsupported as error:
+        wrong, _, do = str(error).partition("; ")
+        raise SourceError(source, wrong, do or "check the URL: it names one Zarr volume") from error
+    except Exception as error:  # damaged metadata makes zarr raise anything at all
+        wrong = (
+            f"it is a Zarr volume that cannot be read: {error if isinstance(error, UnsafeError) else 'its metadata'}"
+        )
+        raise SourceError(source, wrong, "check it or copy it again") from error
+    return f"{'full' if full else 'sampled'}:{total}:{digest.hexdigest()}"
+
+
+def pieces(store: Objects, full: bool) -> Iterator[tuple[str, bytes | None]]:
+    """Name and bytes of metadata and chunks; None of what is not there. Raises what opening raises."""
+    level = described(store).folder
+    assert isinstance(level, Objects)
+    for folder in dict.fromkeys((store, level)):
+        for name in METADATA:
+            yield name, folder.document(name)
+    array = open_guarded(level)
+    counts = [-(-size // side) for size, side in zip(array.shape, array.shards or array.chunks, strict=True)]
+    every = 1 if full else -(-math.prod(counts) // MOST_CHUNKS)
+    for number in range(0, math.prod(counts), every):
+        key = array.metadata.encode_chunk_key(tuple(int(each) for each in np.unravel_index(number, counts)))
+        try:
+            found = level.read(key) if full else level.read(key, 0, SAMPLE)[:SAMPLE]
+        except FileNotFoundError:
+            yield key, None
+        else:
+            yield key, found
 
 
 def parts(path: Path) -> Iterator[tuple[str, Path]]:

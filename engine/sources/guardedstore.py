@@ -10,16 +10,18 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import imagecodecs
 import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest, RangeByteRequest
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
+
+from patchmill.sources.objects import Objects
 
 __all__ = ["UnsafeError", "open_guarded"]
 
@@ -35,12 +37,28 @@ class UnsafeError(Exception):
     """What must not be decoded, in words."""
 
 
-class GuardedStore(LocalStore):
-    """A folder of chunks. Whatever is no regular file in it, or would decode to more than it should, is an error."""
+class Guard:
+    """What chunks are measured by."""
 
     codecs: Sequence[str] = ()  # of the array, from the pixels to the file; known once it is open
     chunk = 0  # bytes of a decoded chunk
     shard = 0  # chunks of a shard; 0 where chunks are files
+
+    @property
+    def most(self) -> int:
+        """Bytes that a whole file may have."""
+        return max(self.shard, 1) * (longest(self.chunk) + 16)
+
+    def check(self, found: Buffer, byte_range: ByteRequest | None) -> None:
+        """Raise UnsafeError for chunks that would decode to more than they should, and what decoders raise."""
+        if byte_range is None or isinstance(byte_range, RangeByteRequest):
+            data = memoryview(found.to_bytes())
+            for chunk in chunks_in(data, self.shard) if self.shard and byte_range is None else (data,):
+                check_growth(chunk, self.codecs, self.chunk)
+
+
+class GuardedStore(Guard, LocalStore):
+    """A folder of chunks. Whatever is no regular file in it, or would decode to more than it should, is an error."""
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -62,19 +80,103 @@ class GuardedStore(LocalStore):
             raise UnsafeError("a link leads out of it")
         if key in METADATA:
             return await super().get(key, prototype, byte_range)
-        if byte_range is None and status.st_size > max(self.shard, 1) * (longest(self.chunk) + 16):
+        if byte_range is None and status.st_size > self.most:
             raise UnsafeError("longer than its pixels")
         found = await super().get(key, prototype, byte_range)
-        if found is not None and (byte_range is None or isinstance(byte_range, RangeByteRequest)):
-            data = memoryview(found.to_bytes())
-            for chunk in chunks_in(data, self.shard) if self.shard and byte_range is None else (data,):
-                check_growth(chunk, self.codecs, self.chunk)
+        if found is not None:
+            self.check(found, byte_range)
         return found
 
 
-def open_guarded(path: Path) -> Any:
+class GuardedObjects(Guard, Store):
+    """Chunks on an object store. Whatever would decode to more than it should is an error."""
+
+    supports_writes = supports_deletes = supports_listing = False
+
+    def __init__(self, objects: Objects) -> None:
+        super().__init__(read_only=True)
+        self.objects = objects
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GuardedObjects) and self.objects == other.objects
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """As of `GuardedStore`. Of an object no more is asked for than it may have."""
+        known = key in METADATA
+        bounds: tuple[int, int | None]
+        match byte_range:
+            case RangeByteRequest(start, stop):
+                bounds = start, stop
+            case OffsetByteRequest(start):
+                bounds = start, start + self.most + 1
+            case SuffixByteRequest(length):
+                bounds = -length, None
+            case _:
+                bounds = 0, MOST_BYTES if known else self.most + 1
+        try:
+            data = await self.objects.fetch(key, *bounds)
+        except FileNotFoundError:
+            if not known and not await self.is_there():
+                raise  # all of it is gone
+            return None
+        found = prototype.buffer.from_bytes(data)
+        if known:
+            return found
+        if len(data) > (length if isinstance(byte_range, SuffixByteRequest) else (bounds[1] or 0) - bounds[0]):
+            raise UnsafeError("more than was asked for: its server gives whole files alone")
+        if byte_range is None and len(data) > self.most:
+            raise UnsafeError("longer than its pixels")
+        self.check(found, byte_range)
+        return found
+
+    async def is_there(self) -> bool:
+        """Whether the array's metadata are. Raises OSError."""
+        for name in METADATA[:2]:
+            try:
+                await self.objects.fetch(name, 0, 1)
+            except FileNotFoundError:
+                continue
+            return True
+        return False
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """`get` of each."""
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            await self.objects.fetch(key, 0, 1)
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Nothing is written."""
+        raise NotImplementedError
+
+    async def delete(self, key: str) -> None:
+        """Nothing is removed."""
+        raise NotImplementedError
+
+    def list(self) -> AsyncIterator[str]:
+        """Nothing is listed, for which a right of its own would be needed."""
+        raise NotImplementedError
+
+    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """See `list`."""
+        raise NotImplementedError
+
+    def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """See `list`."""
+        raise NotImplementedError
+
+
+def open_guarded(folder: Path | Objects) -> Any:
     """The array in a folder. Raises UnsafeError for one that cannot be read safely, and whatever zarr raises."""
-    store = GuardedStore(path, read_only=True)
+    store = GuardedObjects(folder) if isinstance(folder, Objects) else GuardedStore(folder, read_only=True)
     array: Any = zarr.open_array(store=store, mode="r")  # its metadata are either version's
     codecs = codecs_of(array.metadata.to_dict())
     if unknown := set(codecs) - KNOWN:

@@ -20,6 +20,7 @@ from patchmill.sources.cells import CellsByRectangle
 from patchmill.sources.dicom import Refused
 from patchmill.sources.files import failure
 from patchmill.sources.guardedstore import UnsafeError, open_guarded
+from patchmill.sources.objects import Objects
 from patchmill.sources.tiff import Unsupported
 from patchmill.types import Level, SourceRef
 
@@ -111,14 +112,21 @@ def is_ome_zarr(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def multiscale(path: str) -> Mapping[str, Any]:
-    """The first image that a folder's attributes describe. Raises Unsupported where there is none."""
+def multiscale(path: str | Objects) -> Mapping[str, Any]:
+    """The first image that a folder's attributes describe. Raises Unsupported where there is none.
+
+    Raises OSError where an object store fails; a file that cannot be read is none.
+    """
     for name in ATTRIBUTES:
-        file = Path(path) / name
+        text = path.document(name) if isinstance(path, Objects) else b""
         try:
-            if not file.is_file() or file.stat().st_size > MOST_ATTRIBUTES:
+            if not isinstance(path, Objects):
+                file = Path(path) / name
+                if file.is_file() and file.stat().st_size <= MOST_ATTRIBUTES:
+                    text = file.read_bytes()
+            if not text:
                 continue
-            attributes = json.loads(file.read_bytes())
+            attributes = json.loads(text)
             attributes = attributes.get("attributes", attributes)
             (image, *_) = attributes.get("ome", attributes)["multiscales"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -8,6 +8,7 @@ from patchmill.sources.dicomvolume import DicomVolume
 from patchmill.sources.imageset import ImageSetSource
 from patchmill.sources.itk import ItkVolume
 from patchmill.sources.nifti import NiftiVolume
+from patchmill.sources.objects import is_url
 from patchmill.sources.omezarr import OmeZarrSlide
 from patchmill.sources.openslide import OpenSlideSlide
 from patchmill.sources.stacks import StackVolume
@@ -72,9 +73,17 @@ def open_volume(ref: SourceRef) -> Volume:
     """Open a volume with the reader for its format, which its `reader` names.
 
     A file of a DICOM series, or its folder, stands for the whole series; a Zarr volume and a stack of pictures are
-    folders. Raises SourceError (missing, empty, forbidden, no volume, damaged, no regular grid), or TransientError
+    folders; what a URL names is a Zarr volume.
+
+    Raises SourceError (missing, empty, forbidden, no volume, damaged, no regular grid), or TransientError
     where its storage fails; both name ref.id.
     """
+    if is_url(ref.path):
+        try:
+            return ZarrVolume(ref)
+        except Unsupported as error:
+            wrong, _, do = str(error).partition("; ")
+            raise SourceError(ref.id, wrong, do or "check the URL: it names one Zarr volume") from error
     for name, reader in VOLUMES.items():
         if ref.reader not in ("auto", name):
             continue

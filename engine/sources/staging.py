@@ -12,6 +12,7 @@ from pathlib import Path
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.content import parts
 from patchmill.sources.files import failure
+from patchmill.sources.objects import is_url
 from patchmill.types import SourceRef
 
 __all__ = ["stage", "unstage"]
@@ -27,6 +28,8 @@ def stage(ref: SourceRef, folder: str, beat: Callable[[], None] = lambda: None) 
     beat: called after every piece. Raises SourceError, or TransientError where the storage fails or the folder's disk
     is full.
     """
+    if is_url(ref.path):
+        raise SourceError(ref.id, "it lies on an object store", "embed it without --stage")
     if Path(ref.path).suffix.lower() in SCATTERED:
         raise SourceError(ref.id, "its files cannot all be told", "embed this format without --stage")
     home = Path(folder) / ref.id

@@ -1,5 +1,7 @@
 """Volumes in Zarr: OME-Zarr images with a z axis, and plain arrays of three axes, read chunk by chunk through zarr.
 
+They lie in a folder, or on an object store, where a URL names them.
+
 Sources: the OME-NGFF specification, versions 0.4 and 0.5; the Zarr specification, versions 2 and 3. Only chunks that a
 box touches are read and decoded, so memory does not grow with the volume. A chunk that is not there has the array's
 fill value. Of an OME-Zarr image the finest level is read.
@@ -23,6 +25,7 @@ from jaxtyping import Float64
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.files import failure
 from patchmill.sources.guardedstore import UnsafeError, open_guarded
+from patchmill.sources.objects import Objects, is_url, refusal
 from patchmill.sources.omezarr import MOST_ATTRIBUTES, MOST_SIDE, UNITS, inside, is_ome_zarr, multiscale
 from patchmill.sources.tiff import Unsupported
 from patchmill.types import SourceRef
@@ -45,9 +48,10 @@ class ZarrVolume:
         """
         self._ref = ref
         try:
-            if not stat.S_ISDIR(os.stat(ref.path).st_mode):
+            self._remote = is_url(ref.path)
+            if not self._remote and not stat.S_ISDIR(os.stat(ref.path).st_mode):
                 raise Unsupported("no folder")
-            facts = described(ref.path)
+            facts = described(Objects(ref.path) if self._remote else ref.path)
             self._array = open_guarded(facts.folder)
             if (self._array.shape, self._array.dtype) != (facts.shape, facts.dtype):
                 raise UnsafeError("metadata that changed while it was opened")
@@ -57,7 +61,7 @@ class ZarrVolume:
             wrong = f"it is a Zarr volume that cannot be read: {error}"
             raise SourceError(ref.id, wrong, "write it anew with zstd, gzip or blosc, in small chunks") from error
         except OSError as error:
-            raise failure(ref.id, error) from error
+            raise (refusal if self._remote else failure)(ref.id, error) from error
         except (Unsupported, SourceError):
             raise
         except Exception as error:  # damaged metadata makes zarr raise anything at all
@@ -84,6 +88,9 @@ class ZarrVolume:
         except FileNotFoundError as error:  # not of a chunk, which may be missing, but of all
             raise TransientError(self._ref.id, "it is no longer there", "mount its disk, run again") from error
         except Exception as error:  # every codec has errors of its own; all of them say that a chunk is damaged
+            if self._remote and isinstance(error, PermissionError):  # what was open before: credentials run out
+                do = "renew the credentials, run again"
+                raise TransientError(self._ref.id, "access is denied now", do) from error
             if isinstance(error, OSError) and error.errno is not None:
                 raise failure(self._ref.id, error) from error
             box = ", ".join(f"{axis} {low} to {high}" for axis, low, high in zip("ijk", start, stop, strict=True))
@@ -161,14 +168,14 @@ def frame_of(sizes: Mapping[str, int], ref: SourceRef) -> dict[str, int]:
 class Described:
     """What metadata say of the array that is read."""
 
-    folder: Path  # of the array
+    folder: Path | Objects  # of the array
     axes: tuple[str, ...]  # x, y and z once each, and t and c at most once
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     image: Mapping[str, Any] | None  # the OME-Zarr image that it is the finest level of
 
 
-def described(path: str) -> Described:
+def described(path: str | Objects) -> Described:
     """What a folder's metadata say, compared with what a volume can be.
 
     Raises Unsupported for anything but a volume, UnsafeError for a volume that cannot be read, OSError.
@@ -178,7 +185,8 @@ def described(path: str) -> Described:
     except Unsupported:
         image = None
     try:
-        folder = Path(path) if image is None else finest(path, image)
+        top = path if isinstance(path, Objects) else Path(path)
+        folder = top if image is None else finest(path, image)
         found = array_in(folder)
         if found is None:
             if image is None:
@@ -199,34 +207,41 @@ def described(path: str) -> Described:
         raise UnsafeError(f"its metadata cannot be read ({type(error).__name__})") from error
 
 
-def finest(path: str, image: Mapping[str, Any]) -> Path:
+def finest(path: str | Objects, image: Mapping[str, Any]) -> Path | Objects:
     """The folder of an image's first level. Raises UnsafeError where that is not within the image."""
     name = str(image["datasets"][0]["path"]) if image["datasets"] else ""
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UnsafeError("its levels are not told")
     try:
-        return inside(path, name)
+        return path / name if isinstance(path, Objects) else inside(path, name)
     except Unsupported as error:
         raise UnsafeError(str(error)) from error
 
 
-def array_in(folder: Path) -> Mapping[str, Any] | None:
+def array_in(folder: Path | Objects) -> Mapping[str, Any] | None:
     """The metadata of the array in a folder, of version 3 or 2; None if there is none. Raises UnsafeError, OSError."""
     for name in ("zarr.json", ".zarray"):
-        file = folder / name
-        try:
-            status = os.stat(file)
-        except (FileNotFoundError, NotADirectoryError):
+        text = folder.document(name) if isinstance(folder, Objects) else document(folder / name)
+        if text is None:
             continue
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_ATTRIBUTES:  # a pipe would block for ever
-            raise UnsafeError("metadata that are no small file")
         try:
-            found = json.loads(file.read_bytes())
+            found = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UnsafeError("metadata that are no JSON") from error
         if isinstance(found, dict) and (name == ".zarray" or found.get("node_type") == "array"):
             return found
     return None
+
+
+def document(file: Path) -> bytes | None:
+    """A small file, None if there is none. Raises UnsafeError, OSError."""
+    try:
+        status = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_ATTRIBUTES:  # a pipe would block for ever
+        raise UnsafeError("metadata that are no small file")
+    return file.read_bytes()
 
 
 def axes_of(image: Mapping[str, Any] | None, found: Mapping[str, Any]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ class SourceRef:
     """One source of the archive as the catalog names it: enough to open it, in any process."""
 
     id: str  # HMAC under the site key; all that records and stores may name
-    path: str  # absolute; shown on the user's terminal and kept in ARCHIVE.private alone
+    path: str  # absolute, or a URL; shown on the user's terminal and kept in ARCHIVE.private alone
     mpp: float | None = None  # micrometres per level-0 pixel that override the file's own
     subject: str | None = None  # HMAC of the patient, for splits
     reader: str = "auto"  # who must decode it; see patchmill.sources.READERS
