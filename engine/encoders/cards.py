@@ -50,6 +50,7 @@ class ViT:
     std: tuple[float, float, float]
     hounsfield: tuple[float, float] | None = None  # its pixels are HU, and are clipped to these
     rope_base: int | None = None  # of rotary positions; else there is a table
+    rope_dtype: Literal["fp32", "bf16"] = "fp32"  # what cosines and sines were computed in
     mlp: Literal["gelu", "swiglu"] = "gelu"
     bias: Literal["queries and values", "all", "none"] = "queries and values"  # of the attention's three projections
     layer_scale: bool = True
@@ -297,6 +298,7 @@ def check_vit(card: Card, arch: ViT, demand: Callable[[bool, str, str], None]) -
         plain = arch.table_resize is None and arch.table_rows == "patches"
         demand(plain, "architecture", "table_rows and table_resize need a table")
     if arch.table is not None:
+        demand(arch.rope_dtype == "fp32", "architecture.rope_dtype", "of rotary positions alone")
         demand(0 < arch.table <= 256, "architecture.table", "1 to 256")
         demand(arch.only in (None, card.pixels), "pixels", f"{arch.only}, since the table is not resized")
     demand((arch.head is None) == (arch.head_width == 0), "architecture.head_width", "given with a head, and only then")

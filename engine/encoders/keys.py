@@ -12,7 +12,7 @@ PREFIXES = ("module.", "model.", "backbone.")  # of whole files, from wrappers a
 # What training needs and encoding does not: masks, tables that follow from the architecture, counters, a norm for small
 # crops (facebookresearch/dinov3, models/vision_transformer.py: "never used during eval"), heads of other tasks.
 UNUSED = ("mask_token", "inv_freq", "rope_embed.periods", "bias_mask", "num_batches_tracked")
-UNUSED_PARTS = ("local_cls_norm.", "dino_head.", "ibot_head.")
+UNUSED_PARTS = ("local_cls_norm.", "dino_head", "ibot")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,26 +9,37 @@ offset           Meta's DINOv2 without registers: as by size, but with the scale
 At the table's own size all are the identity.
 """
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float64
 
 from patchmill.encoders.cards import ViT
 
-__all__ = ["angles", "resized", "table_rows"]
+__all__ = ["resized", "rotations", "table_rows"]
 
 
-def angles(arch: ViT, grid: int) -> Float64[np.ndarray, "n a"]:
-    """Angles of rotation of the patches [grid^2, head / 2], those of y before those of x.
+def rotations(arch: ViT, grid: int) -> tuple[Float64[np.ndarray, "n a"], Float64[np.ndarray, "n a"]]:
+    """Cosines and sines of the patches' angles of rotation [grid^2, head / 2], those of y before those of x.
 
-    A patch's centre lies at -1..1 on each axis; the frequencies are 2 pi / base^(4 i / head). Source:
-    facebookresearch/dinov3, layers/rope_position_encoding.py.
+    A patch's centre lies at -1..1 on each axis; the frequencies are 2 pi / base^(4 i / head). Where the model computes
+    them in bf16, each step is rounded as there, up to the cosines. Source: facebookresearch/dinov3,
+    layers/rope_position_encoding.py.
     """
     head = arch.width // arch.heads
     assert arch.rope_base is not None
-    centre = (np.arange(grid) + 0.5) / grid * 2 - 1
-    frequency = 2 * np.pi / arch.rope_base ** (np.arange(head // 4) * 4 / head)
+    half = _rounded if arch.rope_dtype == "bf16" else np.asarray
+    centre = half(half((np.arange(grid) + 0.5) / grid) * 2 - 1)
+    period = half(arch.rope_base ** (np.arange(head // 4) * 4 / head))
     y, x = np.meshgrid(centre, centre, indexing="ij")
-    return (np.stack([y.ravel(), x.ravel()], axis=1)[:, :, None] * frequency).reshape(-1, head // 2)
+    place = np.stack([y.ravel(), x.ravel()], axis=1)[:, :, None]
+    angles = half(half(2 * np.pi * place) / period) if arch.rope_dtype == "bf16" else place * (2 * np.pi / period)
+    angles = angles.reshape(-1, head // 2)
+    return half(np.cos(angles)), half(np.sin(angles))
+
+
+def _rounded(values: Float64[np.ndarray, "*n"]) -> Float64[np.ndarray, "*n"]:
+    """To bf16's eight bits."""
+    return values.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
 def table_rows(arch: ViT, table: np.ndarray, grid: int) -> Float64[np.ndarray, "t d"]:

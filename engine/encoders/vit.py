@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32
 
 from patchmill.encoders.cards import ViT
 from patchmill.encoders.graph import Graph, Model
 from patchmill.encoders.layers import CONTRIB, inner, linear, norm, patches
-from patchmill.encoders.positions import angles, table_rows
+from patchmill.encoders.positions import rotations, table_rows
 from patchmill.encoders.precision import Precision
 
 __all__ = ["Target", "build"]
@@ -185,24 +185,32 @@ def _norm(author: _Author, x: str, name: str) -> str:
     return norm(author.graph, author.weights, x, name, author.arch.eps)
 
 
-def _angles(author: _Author) -> Float64[np.ndarray, "t a"]:
-    """Angles of rotation [T, head / 2]; zero for CLS and registers, which stay put."""
-    found = angles(author.arch, author.grid)
-    return np.concatenate([np.zeros((author.prefix, found.shape[1])), found])
+def _rotations(author: _Author, repeats: int = 1) -> tuple[str, str]:
+    """Cosines and sines [T, head / 2 * repeats] as constants; CLS and registers, which come first, stay put."""
+    cos, sin = rotations(author.arch, author.grid)
+    still = (author.prefix, cos.shape[1])
+    tables = {"cos": np.concatenate([np.ones(still), cos]), "sin": np.concatenate([np.zeros(still), sin])}
+    first, second = (
+        author.graph.constant(f"rope.{name}", np.tile(table, repeats).astype(author.inner))
+        for name, table in tables.items()
+    )
+    return first, second
 
 
 def _rope_contrib(author: _Author, x: str) -> str:
-    """Rotate each head's pairs (i, i + head / 2), as one operator of ONNX Runtime. [B, T, D]"""
-    g, angles = author.graph, _angles(author)
-    cos, sin = (g.constant(f"rope.{f.__name__}", f(angles).astype(author.inner)) for f in (np.cos, np.sin))
+    """Rotate each head's pairs (i, i + head / 2), as one operator of ONNX Runtime. [B, T, D]
+
+    Where a model's tables are bf16, its q and k were rounded to bf16 as well. That is left out: it is noise of half a
+    bit, and compilers drop such pairs of conversions. docs/encoders.md has its size.
+    """
+    g, (cos, sin) = author.graph, _rotations(author)
     first = g.ints("rope.first", 0)  # the row of the tables that the first token takes
     return g.op("RotaryEmbedding", x, first, cos, sin, name=f"{x}.rope", domain=CONTRIB)
 
 
 def _rope_plain(author: _Author, x: str) -> str:
     """The same with standard operators: x cos + (-second half, first half) sin. [B, h, T, d]"""
-    g, angles = author.graph, np.tile(_angles(author), 2)
-    cos, sin = (g.constant(f"rope.{f.__name__}", f(angles).astype(author.inner)) for f in (np.cos, np.sin))
+    g, (cos, sin) = author.graph, _rotations(author, 2)
     first, second = g.split(x, [f"{x}.first-half", f"{x}.second-half"], axis=3)
     turned = g.op("Concat", g.op("Neg", second, name=f"{second}.neg"), first, name=f"{x}.turned-half", axis=3)
     still = g.op("Mul", x, cos, name=f"{x}.cos")

@@ -264,7 +264,7 @@ def test_an_encoder_of_hounsfield_units_takes_ct_and_nothing_else(patchmill, tmp
     ran = patchmill("embed", write_nifti(tmp_path / "b.nii", ball()), "--archive", tmp_path / "n", *to[2:], "--json")
     assert ran.code == 1
     (outcome,) = json.loads(ran.out)["outcomes"]
-    assert "the encoder takes Hounsfield units, and it does not say that its values are such" in outcome["wrong"]
+    assert "the encoder takes Hounsfield units, and the file does not say that it holds them" in outcome["wrong"]
 
 
 def test_one_volume_of_several_can_be_chosen(embed, tmp_path):

@@ -183,4 +183,4 @@ def test_every_encoder_is_compared_with_something():
     for name, each in cards().items():
         if isinstance(each.architecture, ConvNeXt) or name.startswith(("dinov3-", "dinov2-", "efficientnet-")):
             continue
-        assert name in TIMM or name in ("phikon-v2", "rad-dino"), name
+        assert name in TIMM or name in ("phikon-v2", "rad-dino", "meddinov3-vitb16"), name

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
 )
+from transformers.models.dinov3_vit import modeling_dinov3_vit
+from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
 from patchmill.encoders.cards import ConvNeXt, ViT, card
 from patchmill.encoders.layout import untrained
@@ -33,7 +36,8 @@ SEED = 20
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # dinov3's own constants, written out a second time on purpose
 SATELLITE = (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
 TENSORFLOW = (127 / 255,) * 3, (128 / 255,) * 3  # efficientnet_lite_builder.py: MEAN_RGB 127, STDDEV_RGB 128
-ENCODERS = ("dinov3-vits16", "dinov3-vitb16", "dinov3-vitl16", "efficientnet-lite0")
+MEDDINOV3 = 65.1084213256836, 178.01663208007812  # of HU that are clipped to -1000..1000
+ENCODERS = ("dinov3-vits16", "dinov3-vitb16", "dinov3-vitl16", "meddinov3-vitb16", "efficientnet-lite0")
 
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]
@@ -193,10 +197,53 @@ def vit_outputs(model: DINOv3ViTModel, tiles: np.ndarray, constants: Constants =
     """cls, mean and token as transformers gives them."""
     with torch.inference_mode():
         tokens = model(normalised(tiles, constants)).last_hidden_state
+    return split_tokens(model, tokens, tiles.shape[1] // 16)
+
+
+def split_tokens(model: DINOv3ViTModel, tokens: torch.Tensor, side: int) -> dict[str, np.ndarray]:
+    """cls, mean and token of the last tokens. side: patches per side."""
     patches = tokens[:, 1 + model.config.num_register_tokens :]
-    side = tiles.shape[1] // 16
     found = {"cls": tokens[:, 0], "mean": patches.mean(1), "token": patches.unflatten(1, (side, side))}
     return {name: value.numpy() for name, value in found.items()}
+
+
+def slices(pixels: int, count: int) -> np.ndarray:
+    """Pictures as HU, int16, also beyond what the encoder clips; the channels are equal, as those of a slice."""
+    grey = pictures(pixels, count)[..., :1].astype(np.int16)
+    return np.repeat(grey * 12 - 1024, 3, axis=3)
+
+
+def rotary_tables_in_bf16(pixels: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines as Meta's RopePositionEmbedding gives them where its dtype is bf16: every step is rounded."""
+    half = torch.bfloat16
+    centres = torch.arange(0.5, pixels // 16, dtype=half) / (pixels // 16)
+    places = 2.0 * torch.stack(torch.meshgrid(centres, centres, indexing="ij"), dim=-1).flatten(0, 1) - 1.0
+    periods = 100.0 ** (2 * torch.arange(head // 4, dtype=half) / (head // 2))
+    angles = (2 * np.pi * places[:, :, None] / periods).flatten(1, 2).tile(2)
+    assert angles.dtype == half
+    return torch.cos(angles), torch.sin(angles)
+
+
+def meddinov3_outputs(
+    arch: ViT, weights: Mapping[str, np.ndarray], tiles: np.ndarray, rotated_in: torch.dtype = torch.float32
+) -> dict[str, np.ndarray]:
+    """cls, mean and token of transformers' DINOv3 with what MedDINOv3 has otherwise: eps, no bias, HU, tables in bf16.
+
+    rotated_in: bf16 as Meta's code would have it, where q and k are rounded with it; fp32 rotates by the same tables.
+    """
+    model = vit(arch, weights)
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)):
+        norm.eps = 1e-6
+    tables = rotary_tables_in_bf16(tiles.shape[1], arch.width // arch.heads)
+
+    def rotate(q: torch.Tensor, k: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        turned = apply_rotary_pos_emb(*(each.to(rotated_in) for each in (q, k, *tables)))
+        return tuple(each.to(q.dtype) for each in turned)
+
+    mean, std = MEDDINOV3
+    pixels = (torch.from_numpy(tiles).permute(0, 3, 1, 2).float().clamp(-1000, 1000) - mean) / std
+    with torch.inference_mode(), patch.object(modeling_dinov3_vit, "apply_rotary_pos_emb", rotate):
+        return split_tokens(model, model(pixels).last_hidden_state, tiles.shape[1] // 16)
 
 
 def efficientnet(path: str | None = None) -> EfficientNet:
@@ -219,7 +266,10 @@ def efficientnet_outputs(model: EfficientNet, tiles: np.ndarray) -> dict[str, np
 def golden(name: str, picked: int = 8) -> dict[str, object]:
     """A few numbers of each output for two pictures, and the norm of the whole vector."""
     arch, tiles = card(name).architecture, pictures(224, 2)
-    if isinstance(arch, ViT):
+    if name == "meddinov3-vitb16":
+        outputs = meddinov3_outputs(arch, untrained(arch, SEED), slices(224, 2))
+        del outputs["token"]
+    elif isinstance(arch, ViT):
         outputs = vit_outputs(vit(arch, untrained(arch, SEED)), tiles)
     else:
         outputs = efficientnet_outputs(efficientnet(), tiles)

@@ -264,7 +264,7 @@ def test_hounsfield_units_are_cut_as_they_are_with_air_around():
     assert np.array_equal(slab[1:-1], np.stack([wanted[:-2], wanted[1:-1], wanted[2:]], axis=3))
 
 
-@pytest.mark.parametrize(("units", "told"), [("SUV", "its values are SUV"), ("", "it does not say that its")])
+@pytest.mark.parametrize(("units", "told"), [("SUV", "its values are SUV"), ("", "the file does not say")])
 def test_values_that_are_no_hounsfield_units_are_refused(units, told):
     volume = ArrayVolume(noise((8, 8, 8)), affine_of("RAS", (1.0, 1.0, 1.0)), units=units)
     plan = plan_volume(volume, VolumeSettings(tissue="none"), "v")
