@@ -46,7 +46,7 @@ def reslice(
     places = start, across, down, along
     to = out.reshape(out.size)
     low, high = LEVELS[str(out.dtype)]
-    levels = low, np.float32(high - low)
+    levels = np.float32(low), np.float32(high - low)
     offset = offset - np.float32(low)  # so that sums are of levels above the least
     if across == 1 and abs(along) > 1:
         drawn = pictures(slices, gain, offset, LANES)

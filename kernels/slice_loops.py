@@ -30,7 +30,7 @@ Pictures = tuple[
     Int64[np.ndarray, " 3*n"],  # targets: number of the tile times 3, plus the channel
 ]
 Window = tuple[np.float32, np.float32, np.float32]  # gain, offset, and the greatest level above the least
-Levels = tuple[int, np.float32]  # the least level that is drawn, and how far above it the greatest is
+Levels = tuple[np.float32, np.float32]  # the least level that is drawn, and how far above it the greatest is
 Sums = tuple[Int64[np.ndarray, " p"], Float32[np.ndarray, "p k"], Float32[np.ndarray, " p"]]  # the members of an Axis
 
 
@@ -144,12 +144,12 @@ def round_means(
     sums: Float32[np.ndarray, " p"],
     down: np.float32,
     along: Float32[np.ndarray, " p"],
-    least: int,
+    least: np.float32,
     levels: Integer[np.ndarray, " p"],
 ) -> None:
     """Sums by the sums of their weights. NumPy's division, not Python's, whose test for 0 keeps vectors away."""
     for j in range(len(levels)):
-        levels[j] = np.int32(np.true_divide(sums[j], down * along[j]) + np.float32(0.5)) + least
+        levels[j] = np.int32(np.floor(np.true_divide(sums[j], down * along[j]) + np.float32(0.5)) + least)
 
 
 @compiled
