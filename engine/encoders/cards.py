@@ -187,9 +187,12 @@ def card(name: str) -> Card:
 
 
 def dtype_of(name: str) -> Literal["uint8", "int16"]:
-    """Of an encoder's pixels: uint8 for RGB, int16 for HU; uint8 for one that has no card, as tests bring them."""
-    known = cards().get(name)
-    return "uint8" if known is None else known.dtype
+    """Of an encoder's pixels: uint8 for RGB, int16 for HU.
+
+    uint8 for a name without a card, too: doors to encoders of their own may know it, and else resolving it tells.
+    """
+    found = cards().get(name)
+    return "uint8" if found is None else found.dtype
 
 
 def cards() -> Mapping[str, Card]:
