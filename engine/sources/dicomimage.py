@@ -1,4 +1,4 @@
-"""One DICOM image as 8-bit RGB: radiographs, mammograms, ultrasound, photographs, endoscopy, secondary captures.
+"""One DICOM image as 8-bit grey or RGB: radiographs, mammograms, ultrasound, photographs, endoscopy, captures.
 
 One frame of 8 or 16 bits, uncompressed (little-endian) or in JPEG, JPEG-LS, JPEG 2000 or RLE. Grey values go the way of
 PS3.3, C.7.6.3 and C.11: the modality's table or rescale, then the table of values of interest, or the first window.
@@ -60,6 +60,7 @@ GREY, PALETTE, FULL, HALVED = ("MONOCHROME1", "MONOCHROME2"), "PALETTE COLOR", "
 COLOURS = ("RGB", FULL, HALVED, "YBR_RCT", "YBR_ICT")
 ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"  # a segment of JPEG; the byte after it names the colours
 END = b"\xff\xd9"  # marker of JPEG and JPEG-LS
+SCAN = 0xDA  # second byte of the marker of JPEG before a scan
 SIZES = {0xC0, 0xC1, 0xC2, 0xC3, 0xF7}  # markers of JPEG and JPEG-LS that a frame's height and width follow
 MOST_SCANS = 100  # of a progressive JPEG, where ten are usual; each of an attacker's takes a pass over all pixels
 Samples = np.ndarray[Any, np.dtype[Any]]
@@ -70,8 +71,8 @@ def is_dicom(data: bytes) -> bool:
     return data[128:132] == b"DICM"
 
 
-def dicom_picture(data: bytes, most: int) -> UInt8[np.ndarray, "h w 3"]:
-    """The image of a DICOM file as 8-bit RGB. most: pixels that it may have.
+def dicom_picture(data: bytes, most: int) -> UInt8[np.ndarray, "h w c"]:
+    """The image of a DICOM file as 8-bit grey or RGB. most: pixels that it may have.
 
     Raises Damaged, or whatever a decoder raises, for damage, for several frames, for another kind of pixels, and for
     transfer syntaxes that are not listed above (a deflated one might unpack to any size). The texts quote nothing.
@@ -98,7 +99,7 @@ def dicom_picture(data: bytes, most: int) -> UInt8[np.ndarray, "h w 3"]:
     values = signed(samples[:, :, 0], stored, is_signed(header))
     if colours == PALETTE:
         return np.stack([painted(values, header, name) for name in ("Red", "Green", "Blue")], axis=2)
-    return np.repeat(grey(values, header, stored)[:, :, None], 3, axis=2)
+    return grey(values, header, stored)[:, :, None]
 
 
 # ---------------------------------------------------------------------------------------------------------- decoding
@@ -216,7 +217,8 @@ def whole_jpeg(data: bytes, colours: str, **options: Any) -> UInt8[np.ndarray, "
     Raises Damaged, ValueError, KeyError where pixels are missing: libjpeg, and Pillow with it, goes on over damage and
     leaves grey, which is no pixel of the picture. Superfluous bytes harm nothing, and some cameras write them.
     """
-    if data.count(b"\xff\xda") > MOST_SCANS:
+    values = np.frombuffer(data, np.uint8)
+    if np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == SCAN)) > MOST_SCANS:  # ten times as fast as data.count
         raise Damaged("it has too many scans")
     strict = True
     while True:

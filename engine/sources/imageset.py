@@ -124,7 +124,7 @@ class ImageSetSource:
         decoded = np.zeros(len(fetched), np.bool_)
         for number, data in enumerate(fetched):
             if isinstance(data, np.ndarray):
-                fit_picture(np.broadcast_to(data, (*data.shape[:2], 3)), fit, out[number])
+                fit_picture(data, fit, out[number])
                 decoded[number] = True
             elif data is not None:
                 decoded[number] = decode_picture(data, fit, out[number])

@@ -2,7 +2,8 @@
 
 What a picture shows is what Pillow shows: the first page, turned as EXIF says, transparency on white. Where Pillow is
 slow and another decoder has the same pixels, that is used: simplejpeg takes 0.8 of the time for a JPEG of 512 x 512 px,
-imagecodecs 0.6 for a PNG, and both notice damage that Pillow leaves as grey or black.
+imagecodecs 0.6 for a PNG and for a deflated TIFF, and both notice damage that Pillow leaves as grey or black. Grey
+stays one channel until it is resampled.
 """
 
 import io
@@ -16,7 +17,7 @@ from jaxtyping import Float32, Int64, Integer, UInt8
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from patchmill.kernels.cpu import compiled
+from patchmill.kernels.pictures import eight_bits, on_white, resample
 from patchmill.sources.dicomimage import dicom_picture, is_dicom, whole_jpeg
 from patchmill.types import Fit
 
@@ -26,8 +27,11 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a qua
 FORMATS = ("JPEG", "PNG", "TIFF")
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B")
 NO_PICTURE = ("I", "F", *SIXTEEN_BIT)  # signed or of 32 bits: nobody says which value is white
-ORIENTATION, WIDTH, HEIGHT, BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR = 274, 256, 257, 258, 262, 284  # tags of TIFF
-TILE_SIDES, WHITE_IS_ZERO = (322, 323), 0
+WIDTH, HEIGHT, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 256, 257, 258, 259, 262, 266  # tags of TIFF
+ORIENTATION, PLANAR, SAMPLE_FORMAT, TILE_SIDES = 274, 284, 339, (322, 323)
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # values of PHOTOMETRIC
+LOSSLESS = (1, 5, 8, 32773, 32946)  # none, LZW, Deflate, PackBits, the older Deflate
+SIMPLE = ((BLACK_IS_ZERO, (8,), "L"), (RGB, (8, 8, 8), "RGB"))
 SHRINKS = (8, 4, 2)  # by which libjpeg decodes smaller, and faster
 SPARE = 4  # pixels per output pixel that such a JPEG must keep: means differ by less than 2 grey levels then
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF's number, as `ImageOps.exif_transpose` does
@@ -64,8 +68,8 @@ def decode_picture(data: bytes, fit: Fit, out: UInt8[np.ndarray, "p p 3"]) -> bo
 # --------------------------------------------------------------------------------------------------------- decoding
 
 
-def picture_of(data: bytes, fit: Fit, pixels: int) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
-    """The pixels of an encoded picture as RGB, and how many times smaller than the file's they are.
+def picture_of(data: bytes, fit: Fit, pixels: int) -> tuple[UInt8[np.ndarray, "h w c"], int]:
+    """The pixels of an encoded picture, grey or RGB, and how many times smaller than the file's they are.
 
     fit, pixels: what becomes of it. A JPEG is decoded 2, 4 or 8 times smaller where both sides are multiples of that
     and at least `SPARE` pixels per output pixel remain; everything else in full, 1 time.
@@ -81,49 +85,60 @@ def picture_of(data: bytes, fit: Fit, pixels: int) -> tuple[UInt8[np.ndarray, "h
             raise NoPicture("too many pixels")
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
             shrunk = shrink_of(height, width, fit, pixels)
-            return turned(jpeg(data, height, width, shrunk), orientation_of(image, data)), shrunk
+            return turned(jpeg(data, image.mode, height, width, shrunk), orientation_of(image, data)), shrunk
         if image.format == "PNG" and (data[24] == 16 or is_plain(image)):  # Pillow drops the lower byte of colours
-            return turned(rgb(imagecodecs.png_decode(data)), orientation_of(image, data)), 1
+            return turned(shown(imagecodecs.png_decode(data)), orientation_of(image, data)), 1
         if isinstance(image, TiffImageFile):
             return tiff(image, data), 1
         return by_pillow(image), 1
 
 
 def is_plain(image: Image.Image) -> bool:
-    """Whether a PNG is no more than grey or RGB, which two decoders cannot read in two ways."""
-    return image.mode in ("L", "RGB") and "transparency" not in image.info
+    """Whether a PNG is grey or RGB, and alpha for each pixel if any, which two decoders cannot read in two ways."""
+    return image.mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info
 
 
-def tiff(image: TiffImageFile, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+def tiff(image: TiffImageFile, data: bytes) -> UInt8[np.ndarray, "h w c"]:
     """Decode the first page of a TIFF. Raises NoPicture, and whatever decoders raise."""
     tags = image.tag_v2
     if math.prod(int(tags.get(side, 1)) for side in TILE_SIDES) > MAX_PIXELS:
         raise NoPicture("too many pixels in a tile")
-    if max(tags.get(BITS_PER_SAMPLE, (1,))) != 16 or image.mode not in ("RGB", "RGBA", *SIXTEEN_BIT):
+    deep = max(tags.get(BITS_PER_SAMPLE, (1,))) == 16 and image.mode in ("RGB", "RGBA", *SIXTEEN_BIT)
+    if not (deep or is_simple(image)):
         return by_pillow(image)
     whole = imagecodecs.tiff_decode(data, index=0)  # Pillow drops the lower byte of colours, and forgets to invert grey
     whole = whole.transpose(1, 2, 0) if whole.ndim == 3 and tags.get(PLANAR) == 2 else whole
-    if whole.shape[:2] != (tags[HEIGHT], tags[WIDTH]) or whole.dtype != np.uint16:
+    if whole.shape[:2] != (tags[HEIGHT], tags[WIDTH]) or whole.dtype != (np.uint16 if deep else np.uint8):
         raise NoPicture("samples of another kind")
     if whole.ndim == 2 and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         whole = 65535 - whole
-    return turned(rgb(whole), int(tags.get(ORIENTATION, 1)))
+    return turned(shown(whole), int(tags.get(ORIENTATION, 1)))
 
 
-def by_pillow(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+def is_simple(image: TiffImageFile) -> bool:
+    """Whether a TIFF is grey or RGB of 8 bits, pixel by pixel and without loss: no two decoders differ on these."""
+    tags = image.tag_v2
+    kind = tags.get(PHOTOMETRIC), tags.get(BITS_PER_SAMPLE), image.mode
+    usual = all(tags.get(tag, 1) in (1, (1,), (1, 1, 1)) for tag in (FILL_ORDER, PLANAR, SAMPLE_FORMAT))
+    return kind in SIMPLE and tags.get(COMPRESSION, 1) in LOSSLESS and usual
+
+
+def by_pillow(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
     """Decode with Pillow, in any mode that tells which value is white. Raises NoPicture, and whatever Pillow raises."""
     if image.mode in NO_PICTURE:
         raise NoPicture(f"mode {image.mode}")
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"))
+        return on_white(np.asarray(image.convert("RGBA")))
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    samples = np.asarray(image if image.mode == mode else image.convert(mode))
+    return samples.reshape(*samples.shape[:2], -1)
 
 
-def jpeg(data: bytes, height: int, width: int, shrunk: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Decode a JPEG, grey or in colours, so many times smaller. Raises NoPicture, and what `whole_jpeg` raises."""
+def jpeg(data: bytes, mode: str, height: int, width: int, shrunk: int) -> UInt8[np.ndarray, "h w c"]:
+    """Decode a JPEG, grey (mode L) or in colours, so many times smaller. Raises NoPicture, and as `whole_jpeg`."""
     size = {"min_height": height // shrunk, "min_width": width // shrunk, "min_factor": shrunk} if shrunk > 1 else {}
-    pixels = whole_jpeg(data, "RGB", **size)
+    pixels = whole_jpeg(data, "GRAY" if mode == "L" else "RGB", **size)
     if pixels.shape[:2] != (height // shrunk, width // shrunk):
         raise NoPicture("two sizes")
     return pixels
@@ -143,34 +158,31 @@ def orientation_of(image: Image.Image, data: bytes) -> int:
     return int(image.getexif().get(ORIENTATION, 1))
 
 
-def turned(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "y x 3"]:
+def turned(pixels: UInt8[np.ndarray, "h w c"], orientation: int) -> UInt8[np.ndarray, "y x c"]:
     """A picture as EXIF says that it is to be seen. A number that EXIF does not have turns nothing."""
     return np.ascontiguousarray(TURNS[orientation](pixels)) if orientation in TURNS else pixels
 
 
-def rgb(samples: Integer[np.ndarray, "h w *c"]) -> UInt8[np.ndarray, "h w 3"]:
-    """8-bit RGB of unsigned samples of 8 or 16 bits: grey, grey and alpha, RGB, or RGB and alpha, the latter on white.
+def shown(samples: Integer[np.ndarray, "h w *c"]) -> UInt8[np.ndarray, "h w d"]:
+    """Unsigned samples of 8 or 16 bits as 8-bit grey or RGB. With alpha, the last of two or four channels, on white.
 
     Raises NoPicture for other samples.
     """
     if samples.ndim == 2:
         samples = samples[:, :, None]
-    channels = samples.shape[2]
     if samples.dtype.newbyteorder("=") == np.uint16:
-        samples = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        samples = eight_bits(samples)
+    channels = samples.shape[2]
     if samples.dtype != np.uint8 or not 1 <= channels <= 4:
         raise NoPicture("samples of another kind")
-    if channels in (2, 4):
-        layer = Image.fromarray(np.ascontiguousarray(samples), "LA" if channels == 2 else "RGBA").convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"))
-    return np.ascontiguousarray(np.broadcast_to(samples, (*samples.shape[:2], 3)))
+    return on_white(samples) if channels in (2, 4) else samples
 
 
 # ---------------------------------------------------------------------------------------------------------- fitting
 
 
-def fit_picture(pixels: UInt8[np.ndarray, "h w 3"], fit: Fit, out: UInt8[np.ndarray, "p p 3"], shrunk: int = 1) -> None:
-    """Fit a picture into a square of p pixels per side.
+def fit_picture(pixels: UInt8[np.ndarray, "h w c"], fit: Fit, out: UInt8[np.ndarray, "p p 3"], shrunk: int = 1) -> None:
+    """Fit a picture, grey or RGB, into a square of p pixels per side.
 
     crop: the middle square of the shorter side; where the rest is odd, the wider part of it lies right and below. pad:
     the whole picture, its longer side p pixels, in the middle of black. stretch: the whole picture, both sides scaled
@@ -185,19 +197,18 @@ def fit_picture(pixels: UInt8[np.ndarray, "h w 3"], fit: Fit, out: UInt8[np.ndar
     if fit == "crop":
         side = min(h, w)
         top, left = ((each - side) * shrunk // 2 / shrunk for each in (h, w))
-        resample(pixels, axis(top, side, h, p), axis(left, side, w, p), out, (0, 0))
+        resample(pixels, *axis(top, side, h, p), *axis(left, side, w, p), out, (0, 0))
     elif fit == "stretch":
-        resample(pixels, axis(0, h, h, p), axis(0, w, w, p), out, (0, 0))
+        resample(pixels, *axis(0, h, h, p), *axis(0, w, w, p), out, (0, 0))
     else:
         high, wide = (max(1, (2 * each * p // max(h, w) + 1) // 2) for each in (h, w))
         out[:] = 0
-        resample(pixels, axis(0, h, h, high), axis(0, w, w, wide), out, ((p - high) // 2, (p - wide) // 2))
+        resample(pixels, *axis(0, h, h, high), *axis(0, w, w, wide), out, ((p - high) // 2, (p - wide) // 2))
 
 
-Axis = tuple[Int64[np.ndarray, " p"], Float32[np.ndarray, "p k"]]
-
-
-def axis(start: float, extent: float, size: int, pixels: int) -> Axis:
+def axis(
+    start: float, extent: float, size: int, pixels: int
+) -> tuple[Int64[np.ndarray, " p"], Float32[np.ndarray, "p k"]]:
     """Per output pixel of one axis: its first input pixel, and the weight of each input pixel from there.
 
     start, extent: the part of the `size` input pixels that becomes `pixels` output pixels. All rows have the same sum,
@@ -217,52 +228,3 @@ def axis(start: float, extent: float, size: int, pixels: int) -> Axis:
     inputs = first[:, None] + np.arange(width)
     covered = np.minimum(edges[1:, None], inputs + 1) - np.maximum(edges[:-1, None], inputs)
     return first, np.maximum(covered, 0).astype(np.float32)
-
-
-def resample(
-    pixels: UInt8[np.ndarray, "h w 3"],
-    down: Axis,
-    across: Axis,
-    out: UInt8[np.ndarray, "p p 3"],
-    corner: tuple[int, int],
-) -> None:
-    """Fill a rectangle of `out`, from its corner (y, x) on, with weighted means of pixels."""
-    (y, rows), (x, columns) = down, across
-    area = np.float32(float(rows[0].sum()) * float(columns[0].sum()))
-    _resample(np.ascontiguousarray(pixels), y, rows, x, columns, area, out, *corner)
-
-
-@compiled
-def _resample(
-    pixels: UInt8[np.ndarray, "h w 3"],
-    y: Int64[np.ndarray, " m"],
-    rows: Float32[np.ndarray, "m i"],
-    x: Int64[np.ndarray, " n"],
-    columns: Float32[np.ndarray, "n j"],
-    area: np.float32,
-    out: UInt8[np.ndarray, "p p 3"],
-    top: int,
-    left: int,
-) -> None:
-    low, high = 3 * x[0], 3 * (x[-1] + columns.shape[1])
-    flat = pixels.reshape(pixels.shape[0], pixels.shape[1] * 3)
-    line = np.empty(high - low, np.float32)
-    for m in range(len(y)):
-        line[:] = 0
-        for i in range(rows.shape[1]):
-            weight = rows[m, i]
-            if weight > 0:
-                source = flat[y[m] + i, low:high]
-                for k in range(len(line)):
-                    line[k] += weight * source[k]
-        for n in range(len(x)):
-            at = 3 * x[n] - low
-            red = green = blue = np.float32(0)
-            for j in range(columns.shape[1]):
-                weight = columns[n, j]
-                red += weight * line[at + 3 * j]
-                green += weight * line[at + 3 * j + 1]
-                blue += weight * line[at + 3 * j + 2]
-            out[top + m, left + n, 0] = np.uint8(red / area + np.float32(0.5))
-            out[top + m, left + n, 1] = np.uint8(green / area + np.float32(0.5))
-            out[top + m, left + n, 2] = np.uint8(blue / area + np.float32(0.5))

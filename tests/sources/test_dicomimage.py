@@ -224,8 +224,8 @@ def test_without_a_window_what_is_there_goes_from_black_to_white_padding_apart()
 
 def test_8_bits_are_grey_levels_already():
     pixels = noise((5, 6), 50, 90)
-    np.testing.assert_array_equal(shown(pixels)[..., 1], pixels)
-    np.testing.assert_array_equal(shown(pixels, PhotometricInterpretation="MONOCHROME1")[..., 1], 255 - pixels)
+    np.testing.assert_array_equal(shown(pixels)[..., 0], pixels)
+    np.testing.assert_array_equal(shown(pixels, PhotometricInterpretation="MONOCHROME1")[..., 0], 255 - pixels)
 
 
 @pytest.mark.parametrize(

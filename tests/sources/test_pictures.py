@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -49,7 +51,7 @@ def shown(data):
 def whole(data):
     pixels, shrunk = picture_of(data, "crop", 4096)
     assert shrunk == 1
-    return pixels
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
 def chunk(kind, data):
@@ -94,6 +96,16 @@ def pictures_of_every_mode():
         "tiff P": saved(palette, "TIFF"),
         "tiff 1": saved(grey.convert("1"), "TIFF", compression="group4"),
         "tiff YCbCr": saved(rgb.convert("YCbCr"), "TIFF", compression="jpeg"),
+        "tiff L, lzw": saved(grey, "TIFF", compression="tiff_lzw"),
+        "tiff RGB, jpeg": saved(rgb, "TIFF", compression="jpeg"),
+        "tiff RGB, packbits": saved(rgb, "TIFF", compression="packbits"),
+        "tiff RGB, predicted": tiff(noise(37, 50), compression="zlib", predictor=True, rowsperstrip=8),
+        "tiff RGB, planar": tiff(noise(37, 50).transpose(2, 0, 1).copy(), planarconfig="separate", photometric="rgb"),
+        "tiff RGB, tiled": tiff(noise(37, 50), compression="zlib", tile=(16, 32)),
+        "tiff RGB, big-endian": tiff(noise(37, 50), byteorder=">"),
+        "tiff of two pages": tiff(noise(2 * 37, 50).reshape(2, 37, 50, 3), photometric="rgb"),
+        "tiff L, white is zero": tiff(noise(37, 50, 1), photometric="miniswhite"),
+        "tiff L, fill order": tiff(noise(37, 50, 1), extratags=[(266, 3, 1, 1, True)]),
     }
     for subsampling in (0, 1, 2):
         found[f"jpeg {subsampling}"] = saved(rgb, "JPEG", subsampling=subsampling)
@@ -171,7 +183,10 @@ def test_values_without_a_white_are_refused(pixels):
     assert not decode_picture(tiff(pixels), "crop", np.empty((8, 8, 3), np.uint8))
 
 
-@pytest.mark.parametrize("mode", ["png RGB", "png P", "png RGBA", "jpeg 2", "jpeg L", "jpeg progressive", "tiff RGB"])
+CUT = ("png RGB", "png P", "png LA", "png RGBA", "jpeg 2", "jpeg L", "jpeg progressive", "tiff RGB", "tiff L")
+
+
+@pytest.mark.parametrize("mode", [*CUT, "tiff L, lzw", "tiff RGB, predicted", "tiff RGB, packbits", "tiff RGB, tiled"])
 def test_what_is_cut_short_is_no_picture(mode):
     data = pictures_of_every_mode()[mode]
     out = np.empty((16, 16, 3), np.uint8)
@@ -180,7 +195,7 @@ def test_what_is_cut_short_is_no_picture(mode):
         assert not decode_picture(data[:end], "pad", out)
 
 
-@pytest.mark.parametrize("mode", ["png RGB", "jpeg 2", "jpeg L"])
+@pytest.mark.parametrize("mode", ["png RGB", "png RGBA", "jpeg 2", "jpeg L"])
 def test_damage_in_the_middle_is_noticed(mode):
     data = bytearray(pictures_of_every_mode()[mode])
     middle = len(data) * 2 // 3
@@ -212,6 +227,25 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
         with pytest.raises(AssertionError if width * height and width == 10_000 else Exception, match=r".*") as caught:
             picture_of(data, "crop", 8)
         assert isinstance(caught.value, AssertionError) == (width == 10_000)
+
+
+def test_bombs_and_damaged_tags_write_nothing_to_stderr(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    damaged = bytearray(saved(Image.fromarray(noise(5, 9)), "TIFF", exif=exif))
+    damaged[-20:] = b"\xff" * 20
+    for number, data in enumerate((png(10_000, 10_000, 8, 2, b""), png(20_000, 20_000, 8, 2, b""), bytes(damaged))):
+        (tmp_path / str(number)).write_bytes(data)
+    code = (
+        "import sys, pathlib, numpy; from patchmill.sources.pictures import decode_picture\n"
+        "out = numpy.empty((8, 8, 3), numpy.uint8)\n"
+        "files = sorted(pathlib.Path(sys.argv[1]).iterdir())\n"
+        "print([decode_picture(file.read_bytes(), 'crop', out) for file in files])"
+    )
+    command = [sys.executable, "-W", "always", "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[False, False, ")
+    assert done.stderr == ""
 
 
 def test_a_jpeg_of_thousands_of_scans_is_refused():
