@@ -18,7 +18,7 @@ __all__ = ["Record", "Row", "in_turns", "machine", "row", "versions"]
 
 PACKAGES = (
     *("patchmill", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "torch", "triton", "transformers", "zarr"),
-    *("dask", "openslide-bin"),
+    *("dask", "openslide-bin", "pillow", "simplejpeg", "imagecodecs", "torchvision"),
 )
 Values = Sequence[float]
 

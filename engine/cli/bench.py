@@ -157,3 +157,21 @@ def bench_volumes(
     record = measure(rounds=rounds, sizes=tuple(gib or GIB))
     show(record.as_dict(), record.text, as_json)
     return 0
+
+
+@bench_app.command("images", epilog="Example: patchmill bench images --side 1024 --rounds 5")
+def bench_images(
+    images: Annotated[int, typer.Option(min=1, help="files of each folder that is made")] = 96,
+    side: Annotated[
+        list[int] | None, typer.Option(min=1, help="pixels; 224, 512 and 1024 by default; may be given several times")
+    ] = None,
+    rounds: Rounds = 5,
+    as_json: Json = False,
+) -> int:
+    """Images per second out of folders of JPEG, PNG and TIFF, beside torchvision's ImageFolder and the bare codec."""
+    from patchmill.benchmarks.images import SIDES
+    from patchmill.benchmarks.images import bench_images as measure
+
+    record = measure(images=images, sides=side or SIDES, rounds=rounds)
+    show(record.as_dict(), record.text, as_json)
+    return 0

@@ -10,6 +10,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 
 import imagecodecs
 import numpy as np
@@ -206,6 +207,7 @@ def fit_picture(pixels: UInt8[np.ndarray, "h w c"], fit: Fit, out: UInt8[np.ndar
         resample(pixels, *axis(0, h, h, high), *axis(0, w, w, wide), out, ((p - high) // 2, (p - wide) // 2))
 
 
+@lru_cache(maxsize=32)  # most pictures of a set are of one size
 def axis(
     start: float, extent: float, size: int, pixels: int
 ) -> tuple[Int64[np.ndarray, " p"], Float32[np.ndarray, "p k"]]:
@@ -213,7 +215,7 @@ def axis(
 
     start, extent: the part of the `size` input pixels that becomes `pixels` output pixels. All rows have the same sum,
     up to rounding: extent / pixels where it is reduced (weights are lengths then, exactly 1 for a pixel that is covered
-    whole), 1 where it is enlarged. No row reaches over the end.
+    whole), 1 where it is enlarged. No row reaches over the end. The arrays are shared: they are not to be written to.
     """
     steps = np.arange(pixels + 1) * (extent / pixels) + start
     if extent < pixels:

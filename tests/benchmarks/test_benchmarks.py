@@ -1,14 +1,19 @@
 """Every benchmark runs, on what it makes itself and on the user's own slide; its figures are not judged here."""
 
 import json
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from patchmill.benchmarks import ingest, volumes
+from patchmill.benchmarks import images, ingest, volumes
 from patchmill.benchmarks.encoder import bench_encoder, knee
 from patchmill.benchmarks.inputs import tiles_of, write_histology
 from patchmill.benchmarks.memory import bench_memory
@@ -183,3 +188,67 @@ def test_volumes_beside_the_usual_way(monkeypatch, tmp_path):
     told = volumes.peak_of(volumes.write_chunked(tmp_path / "v.zarr", 1 << 23), tmp_path / "archive")
     assert told["tiles"] == 512
     assert told["decoded"] == pytest.approx(1.0)
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """Stands for torchvision's, which the tests' PyTorch has no build of."""
+
+    def __init__(self, root, transform):
+        self.paths, self.transform = sorted(Path(root).glob("*/*.*")), transform
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, number):
+        return self.transform(Image.open(self.paths[number]).convert("RGB")), 0
+
+
+def step(name, *arguments):
+    """One of torchvision's transforms, which does nothing."""
+    assert arguments == {
+        "Resize": (224,),
+        "CenterCrop": (224,),
+        "ToTensor": (),
+        "Normalize": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    }.get(name)
+    return lambda image: image
+
+
+def composed(steps):
+    assert len(steps) == 4
+    return lambda image: torch.zeros(3, 224, 224)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_images_beside_image_folder_and_the_codec(there, capsys, monkeypatch):
+    transforms = SimpleNamespace(Compose=composed)
+    for name in ("Resize", "CenterCrop", "ToTensor", "Normalize"):
+        setattr(transforms, name, partial(step, name))
+    monkeypatch.setattr(images, "SECONDS", 0.0)
+    theirs = (SimpleNamespace(ImageFolder=ImageFolder), transforms)
+    monkeypatch.setattr(images, "torchvision", lambda: theirs if there else None)
+    assert main(["bench", "images", "--images", "5", "--side", "40", "--side", "224", "--rounds", "1", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    cases = [f"{kind.name}, {side} px" for kind in images.KINDS for side in (40, 224)]
+    rows = {row["case"]: row for row in record["rows"]}
+    assert list(rows) == [f"{case}{part}" for case in cases for part in ("", ": ImageFolder", ": bare codec")]
+    for case in cases:
+        ours, base, codec = (rows[f"{case}{part}"] for part in ("", ": ImageFolder", ": bare codec"))
+        assert ours["of_limit"] == pytest.approx(ours["value"] / codec["value"])
+        assert ours["ratio"] == (pytest.approx(ours["value"] / base["value"]) if there else None)
+        assert (base["value"] is None) == (ours["baseline"] is None) == (not there)
+    assert any("was not measured: install" in note for note in record["notes"]) == (not there)
+
+
+def test_the_loader_is_sought_for_and_may_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.delitem(sys.modules, "torchvision.datasets", raising=False)
+    assert images.torchvision() is None
+
+
+def test_every_picture_that_is_made_is_another_piece_of_real_tissue(tmp_path):
+    for kind in images.KINDS:
+        encoded = images.write(tmp_path / kind.name, kind, 64, 4)
+        assert sorted(path.read_bytes() for path in tmp_path.glob(f"{kind.name}/all/*{kind.ending}")) == sorted(encoded)
+        assert len(set(encoded)) == 4
+        assert np.asarray(kind.codec(encoded[0])).std() > 5
