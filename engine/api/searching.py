@@ -12,7 +12,7 @@ from patchmill.archive import Archive, Damage
 from patchmill.index import IndexReport
 from patchmill.probes import ProbeReport
 from patchmill.query import QueryResult
-from patchmill.sources.imageset import labels_of
+from patchmill.sources.picturenpz import labels_of
 from patchmill.types import SourceRef
 
 __all__ = ["build_index", "draw_hits", "probe_knn", "query_image", "query_place", "verify"]

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources import imageset
-from patchmill.sources.imageset import ImageSetSource, labels_of
+from patchmill.sources import picturefolder, picturetar
+from patchmill.sources.imageset import ImageSetSource
+from patchmill.sources.picturenpz import labels_of
 from patchmill.types import ImageSet, SourceRef
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -226,7 +227,7 @@ def test_only_failing_storage_is_raised(opened, tmp_path, monkeypatch, number, r
     def fail(path):
         raise OSError(number, "no", str(path))
 
-    monkeypatch.setattr(imageset, "contents", fail)
+    monkeypatch.setattr(picturefolder, "contents", fail)
     if raised is None:
         assert images.fetch([0]) == [None]
         return
@@ -299,7 +300,7 @@ def test_of_two_members_of_one_name_the_last_counts(opened, tmp_path):
 def test_the_index_of_a_tar_is_made_once(opened, tmp_path, contents, monkeypatch):
     path = write_tar(tmp_path / "set.tar", contents)
     opened(path)
-    monkeypatch.setattr(imageset, "regular", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(picturetar, "regular", lambda *_: pytest.fail("read again"))
     check(opened(path))
 
 
