@@ -71,6 +71,8 @@ def encode_for(
     if hounsfield and asked is not None:
         option = "--intensity" if window is None else "--window"
         raise UsageError(option, f"{encode.encoder} takes Hounsfield units as they are", "leave it out")
+    if hounsfield and not all(entry.modality for entry in entries):
+        said = f"{encode.encoder} takes Hounsfield units: files that cannot tell are taken to hold them"
     if asked is None and not hounsfield:
         modalities = sorted({entry.modality for entry in entries})
         name = USUAL.get(modalities[0]) if len(modalities) == 1 else None

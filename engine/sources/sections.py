@@ -64,9 +64,9 @@ def cut(
 def greys_of(volume: Volume, plan: VolumePlan, view: View, source: str) -> Greys:
     """How stored voxels become grey levels, or HU. Raises SourceError where the view does not suit the volume."""
     if view.dtype == "int16":
-        if volume.units != "HU":
-            told = f"its values are {volume.units}" if volume.units else "the file does not say that it holds them"
-            wrong = f"the encoder takes Hounsfield units, and {told}"
+        modality = volume.metadata.get("modality", "")
+        if volume.units != "HU" and (volume.units or modality):  # other formats than DICOM cannot tell
+            wrong = f"the encoder takes Hounsfield units, and its values are {volume.units or f'those of {modality}'}"
             raise SourceError(source, wrong, "give CT as a DICOM series, or use another encoder")
         return np.full(3, volume.slope, np.float32), np.full(3, volume.intercept, np.float32)
     intensity = view.intensity

@@ -264,12 +264,16 @@ def test_hounsfield_units_are_cut_as_they_are_with_air_around():
     assert np.array_equal(slab[1:-1], np.stack([wanted[:-2], wanted[1:-1], wanted[2:]], axis=3))
 
 
-@pytest.mark.parametrize(("units", "told"), [("SUV", "its values are SUV"), ("", "the file does not say")])
-def test_values_that_are_no_hounsfield_units_are_refused(units, told):
+@pytest.mark.parametrize(("units", "modality", "told"), [("SUV", "PT", "SUV"), ("", "MR", "those of MR")])
+def test_values_that_are_no_hounsfield_units_are_refused(units, modality, told):
     volume = ArrayVolume(noise((8, 8, 8)), affine_of("RAS", (1.0, 1.0, 1.0)), units=units)
+    volume.metadata = {"modality": modality}
     plan = plan_volume(volume, VolumeSettings(tissue="none"), "v")
-    with pytest.raises(SourceError, match=f"the encoder takes Hounsfield units, and {told}"):
+    with pytest.raises(SourceError, match=f"the encoder takes Hounsfield units, and its values are {told}"):
         greys_of(volume, plan, View(dtype="int16"), "v")
+    volume.units, volume.metadata = "", {}  # as of NIfTI: whoever chose the encoder says it
+    factor, summand = greys_of(volume, plan, View(dtype="int16"), "v")
+    assert (factor.tolist(), summand.tolist()) == ([1, 1, 1], [0, 0, 0])
 
 
 def test_quantiles_are_those_of_the_body():
