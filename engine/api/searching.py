@@ -9,6 +9,7 @@ from typing import Any
 from patchmill import archive as archives
 from patchmill import index, probes, query
 from patchmill.archive import Archive, Damage
+from patchmill.errors import UsageError
 from patchmill.index import IndexReport
 from patchmill.probes import ProbeReport
 from patchmill.query import QueryResult
@@ -65,10 +66,15 @@ def probe_knn(
         return probes.probe_knn(opened, Path(labels), ks=ks, **choice)
     with tempfile.TemporaryDirectory() as scratch:
         table = Path(scratch) / f"{Path(labels).name}.csv"
+        held: set[str] = set()
         with table.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["source", "image", "label", "split"])
             for each in labels_of(SourceRef(id=Path(labels).name, path=str(labels), kind="images")):
                 if each.split in ("train", "test"):
                     writer.writerow([Path(labels).name, each.name, each.label, each.split])
+                    held.add(each.split)
+        if held != {"train", "test"}:
+            found = " and ".join(sorted(held)) or "nothing"
+            raise UsageError(Path(labels).name, f"has labels of {found}", "give a CSV with labels of both sides")
         return probes.probe_knn(opened, table, ks=ks, **choice)

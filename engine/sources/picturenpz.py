@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import UInt8
 from patchmill.errors import SourceError
 from patchmill.sources.files import failure
 from patchmill.sources.holding import DAMAGED, MOST_IMAGES, TOO_MANY, Holding, Unreadable
+from patchmill.sources.patience import beat
 from patchmill.sources.pictures import MAX_PIXELS
 from patchmill.sources.scratch import spooled
 from patchmill.types import SourceRef
@@ -92,6 +94,11 @@ def npz(ref: SourceRef) -> Holding:
     places = np.cumsum([0, *(member.size * (member.offset is None) for member in members)])  # bytes in the scratch file
     packed = [member for member in members if member.offset is None]
     key = (ref.path, status.st_size, status.st_mtime_ns)
+    stored = tuple(
+        (member.offset - member.header, member.info.file_size, member.info.CRC)
+        for member in members
+        if member.offset is not None
+    )
 
     def get(number: int) -> UInt8[np.ndarray, "h w c"] | None:
         at = int(np.searchsorted(starts, number, side="right")) - 1
@@ -103,6 +110,8 @@ def npz(ref: SourceRef) -> Holding:
             offset += int(places[at])
             image: UInt8[np.ndarray, "h w c"] = unpacked(key, packed, ref.id)[offset : offset + length].reshape(shape)
             return image.copy()  # read now, not where it is decoded
+        if not are_whole(key, stored):
+            raise SourceError(ref.id, "its images fail their checksum", DAMAGED)
         data = os.pread(file.fileno(), length, member.offset + offset)
         return np.frombuffer(data, np.uint8).reshape(shape) if len(data) == length else None
 
@@ -144,7 +153,11 @@ def array(whole: zipfile.ZipFile, info: zipfile.ZipInfo, file: Bounded) -> Membe
     names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
     offset = info.header_offset + 30 + names + header
     member = Member(shape, dtype, header, offset if stored else None, info)
-    if fortran or dtype.hasobject or min(shape, default=0) < 0 or header + member.size != info.file_size:
+    if dtype.hasobject:
+        raise Unreadable("an array in it holds Python objects", "write arrays of whole numbers")
+    if fortran and len(shape) > 1:
+        raise Unreadable("an array in it is in Fortran's order", "write it with numpy.ascontiguousarray")
+    if min(shape, default=0) < 0 or header + member.size != info.file_size:
         raise Unreadable(*LYING)
     if stored and offset + member.size > size:
         raise Unreadable("an array in it is cut short", DAMAGED)
@@ -156,10 +169,30 @@ def check_images(member: Member) -> None:
     shape = member.shape
     if member.dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
         raise Unreadable(
-            "its images are no pictures of 8 bits", "it should have uint8 arrays [n, h, w] or [n, h, w, 3]"
+            f"its images are {member.dtype} {list(shape)}", "it should have uint8 arrays [n, h, w] or [n, h, w, 3]"
         )
     if not 0 < shape[1] * shape[2] <= MAX_PIXELS:
         raise Unreadable("its images have no pixels, or too many", "write it with images of another size")
+
+
+@lru_cache(maxsize=16)
+def are_whole(key: tuple[str, int, int], stored: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether members that are not compressed have their checksums; read through once in a process.
+
+    key: path and stamp of the file. stored: where each begins, its bytes, its CRC-32. Raises OSError.
+    """
+    with open(key[0], "rb", buffering=0) as file:
+        for start, size, wanted in stored:
+            found, at = 0, start
+            while at < start + size:
+                chunk = os.pread(file.fileno(), min(STEP, start + size - at), at)
+                if not chunk:
+                    return False
+                found, at = zlib.crc32(chunk, found), at + len(chunk)
+                beat()
+            if found != wanted:
+                return False
+    return True
 
 
 def unpacked(key: tuple[str, int, int], members: Sequence[Member], source: str) -> UInt8[np.ndarray, " size"]:

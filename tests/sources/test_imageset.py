@@ -355,6 +355,17 @@ def test_records_of_a_tar_are_not_believed(tmp_path, kind, body, wrong):
 # -------------------------------------------------------------------------------------------------------------- npz
 
 
+def test_a_byte_of_an_npz_that_flipped_is_noticed(opened, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 40, 40), np.uint8)
+    np.savez(tmp_path / "set.npz", train_images=pixels)
+    data = bytearray((tmp_path / "set.npz").read_bytes())
+    data[data.index(pixels[5].tobytes()) + 7] ^= 4
+    (tmp_path / "set.npz").write_bytes(data)
+    images = opened(tmp_path / "set.npz")
+    with pytest.raises(SourceError, match="its images fail their checksum; copy it again"):
+        images.fetch([0])
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_an_npz(opened, tmp_path, save):
     train, val = np.stack([picture(1), picture(2)]), np.random.default_rng(0).integers(0, 256, (3, 12, 12), np.uint8)
@@ -388,11 +399,11 @@ def test_labels_may_be_missing_and_splits_empty(opened, tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "wrong"),
     [
-        ({"train_images": np.zeros((2, 4, 4))}, "no pictures of 8 bits"),
-        ({"train_images": np.zeros((2, 4, 4, 4), np.uint8)}, "no pictures of 8 bits"),
+        ({"train_images": np.zeros((2, 4, 4))}, "its images are float64 [2, 4, 4]"),
+        ({"train_images": np.zeros((2, 4, 4, 4), np.uint8)}, "its images are uint8 [2, 4, 4, 4]"),
         ({"train_images": np.zeros((2, 0, 4), np.uint8)}, "no pixels"),
-        ({"train_images": np.asfortranarray(np.zeros((2, 3, 4), np.uint8))}, "another size than it says"),
-        ({"train_images": np.array([{}], object)}, "another size than it says"),
+        ({"train_images": np.asfortranarray(np.zeros((2, 3, 4), np.uint8))}, "in Fortran's order"),
+        ({"train_images": np.array([{}], object)}, "holds Python objects"),
         ({"images": np.zeros((2, 4, 4), np.uint8)}, "it holds no pictures"),
         ({"train_images": np.zeros((1 << 22, 1, 1), np.uint8), "test_images": picture(1)[None]}, "holds more than"),
     ],
