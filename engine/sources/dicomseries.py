@@ -36,6 +36,7 @@ TAG = {
     "AcquisitionDate": 0x0008_0022,
     "SeriesTime": 0x0008_0031,
     "AcquisitionTime": 0x0008_0032,
+    "Modality": 0x0008_0060,
     "PatientWeight": 0x0010_1030,
     "SliceThickness": 0x0018_0050,
     "SpacingBetweenSlices": 0x0018_0088,
@@ -43,6 +44,7 @@ TAG = {
     "SeriesInstanceUID": 0x0020_000E,
     "ImagePositionPatient": 0x0020_0032,
     "ImageOrientationPatient": 0x0020_0037,
+    "FrameOfReferenceUID": 0x0020_0052,
     "SamplesPerPixel": 0x0028_0002,
     "PhotometricInterpretation": 0x0028_0004,
     "NumberOfFrames": 0x0028_0008,
@@ -57,6 +59,7 @@ TAG = {
     "RescaleIntercept": 0x0028_1052,
     "RescaleSlope": 0x0028_1053,
     "RescaleType": 0x0028_1054,
+    "ModalityLUTSequence": 0x0028_3000,
     "RadiopharmaceuticalInformationSequence": 0x0054_0016,
     "Units": 0x0054_1001,
     "SUVType": 0x0054_1006,
@@ -90,7 +93,7 @@ class Plane:
     orientation: tuple[float, ...]  # cosines of the directions in which columns and rows are counted up, LPS
     spacing: tuple[float, ...]  # mm from row to row and from column to column
     thickness: float  # mm: SliceThickness, else SpacingBetweenSlices, else 0
-    rescale: tuple[float, float] | None  # slope and intercept from stored to real values
+    rescale: tuple[float, float] | None  # slope and intercept from stored to real values; None if neither is told
     rescale_type: str  # what real values are: "HU"; "" if it is not told
 
 
@@ -119,6 +122,8 @@ class SliceHeader:
     series: str
     uid: str  # of this file's content
     modality: str  # CT, MR or PT, by the class of object
+    alike: bool  # Modality tells the same, or nothing
+    reference: str  # frame of reference, in which its places are
     image_type: tuple[str, ...]
     kernel: str
     syntax: str  # transfer syntax
@@ -132,6 +137,7 @@ class SliceHeader:
     signed: bool
     pixels: tuple[int, int]  # first byte of the pixels and their number, UNDEFINED where they are items; 0 of none
     planes: tuple[Plane, ...]  # of each frame
+    table: bool  # values become real ones through a table, not by slope and intercept
     tracer: Tracer | None = field(repr=False)  # of PET; its dates stay private
 
 
@@ -257,6 +263,8 @@ def header_from(data: Any, path: str, stamp: tuple[int, int], modality: str, pix
         series=series,
         uid=uid,
         modality=modality,
+        alike=text(data, "Modality") in ("", modality),
+        reference=text(data, "FrameOfReferenceUID"),
         image_type=texts(data, "ImageType"),
         kernel=text(data, "ConvolutionKernel").partition("\\")[0].strip(),
         syntax=printable(str(data.file_meta.get("TransferSyntaxUID", ""))),
@@ -270,6 +278,7 @@ def header_from(data: Any, path: str, stamp: tuple[int, int], modality: str, pix
         signed=number(data, "PixelRepresentation") == 1,
         pixels=pixels,
         planes=planes_of(data, frames),
+        table=bool(items(data, TAG["ModalityLUTSequence"])),
         tracer=tracer_of(data) if modality == "PT" else None,
     )
 
@@ -301,7 +310,7 @@ def plane_of(data: Any, groups: list[Any], number: int) -> Plane:
         orientation=figures(ORIENTATION, "ImageOrientationPatient"),
         spacing=figures(MEASURES, "PixelSpacing"),
         thickness=(thickness or figures(MEASURES, "SpacingBetweenSlices") or (0.0,))[0],
-        rescale=((slope or (1.0,))[0], (intercept or (0.0,))[0]) if slope or intercept else None,
+        rescale=((slope or (math.nan,))[0], (intercept or (math.nan,))[0]) if slope or intercept else None,
         rescale_type=text(told(TRANSFORMATION, "RescaleType"), "RescaleType"),
     )
 
@@ -393,8 +402,19 @@ def stack_of(series: tuple[SliceHeader, ...], source: str) -> Stack:
 
 
 def check_alike(slices: Slices, source: str) -> None:
-    """Raise SourceError unless all slices tell a place, and have one size, spacing and orientation that can be."""
+    """Raise SourceError unless all slices are of one modality and frame of reference, tell a place, and have one size,
+    spacing and orientation that can be.
+    """
     planes = [plane for _, plane in slices]
+    modality = slices[0][0].modality
+    others = sum(header.modality != modality or not header.alike for header, _ in slices)
+    if others:
+        wrong = f"{others} of {len(slices)} slices tell another modality than {modality}"
+        raise SourceError(source, wrong, "split the series by modality, or correct its tags")
+    references = {header.reference for header, _ in slices}
+    if len(references) > 1:
+        wrong = f"its slices lie in {len(references)} frames of reference, so nothing says how they lie to each other"
+        raise SourceError(source, wrong, "split the series by FrameOfReferenceUID")
     lost = sum(
         [len(plane.position), len(plane.orientation), len(plane.spacing)] != [3, 6, 2]
         or not all(map(math.isfinite, plane.position + plane.orientation))

@@ -24,7 +24,7 @@ import simplejpeg
 
 from patchmill.errors import SourceError
 from patchmill.sources.dicom import content
-from patchmill.sources.dicomseries import SliceHeader, Stack, Tracer, series_of, series_within, stack_of
+from patchmill.sources.dicomseries import AGAIN, SliceHeader, Stack, Tracer, series_of, series_within, stack_of
 from patchmill.sources.files import check_readable, failure
 from patchmill.sources.scratch import spooled
 from patchmill.sources.series import UID, UNDEFINED, Damaged, runs
@@ -77,7 +77,7 @@ class DicomVolume:
         try:
             stack = stack_of(slices_at(ref), ref.id)
             check_pixels(stack, ref.id)
-            scales, self.units = scales_of(stack)
+            scales, self.units = scales_of(stack, ref.id)
         except OSError as error:
             raise failure(ref.id, error) from error
         except (Unsupported, SourceError):
@@ -183,14 +183,22 @@ def stored_type(header: SliceHeader) -> np.dtype[Any]:
     return np.dtype(np.int16 if header.signed else np.uint8 if header.allocated == 8 else np.uint16)
 
 
-def scales_of(stack: Stack) -> tuple[list[tuple[float, float]], str]:
+def scales_of(stack: Stack, source: str) -> tuple[list[tuple[float, float]], str]:
     """Slope and intercept from stored to real values for each slice, and the units of these: "HU", "SUV" or "".
 
-    CT is in HU where RescaleType says so, or says nothing of original or axial images. Raises Damaged.
+    CT is in HU where RescaleType says so, or says nothing of original or axial images. Raises SourceError
+    where slices differ in how their values become real ones, or go through a table, and Damaged.
     """
+    count, bare = len(stack.slices), sum(plane.rescale is None for _, plane in stack.slices)
+    if any(header.table for header, _ in stack.slices):
+        wrong = "its values become real ones through a table (ModalityLUTSequence), which is not read"
+        raise SourceError(source, wrong, "export it with RescaleSlope and RescaleIntercept")
+    if 0 < bare < count:
+        wrong = f"{bare} of {count} slices tell no rescale slope and intercept, the others do"
+        raise SourceError(source, wrong, AGAIN)
     scales = [plane.rescale or (1.0, 0.0) for _, plane in stack.slices]
     if not all(math.isfinite(slope) and math.isfinite(intercept) and slope != 0 for slope, intercept in scales):
-        raise Damaged("its rescale slope or intercept is no number")
+        raise Damaged("its rescale slope or intercept is missing or no number")
     tracers = [header.tracer for header, _ in stack.slices if header.tracer is not None]
     if len(tracers) == len(scales) and (factor := suv_factor(tracers)) is not None:
         return [(slope * factor, intercept * factor) for slope, intercept in scales], "SUV"

@@ -132,6 +132,7 @@ def test_files_of_others_are_what_itk_reads(name, tmp_path):
     data = pydicom.dcmread(get_testdata_file(f"{name}.dcm", download=False))
     if name.startswith("JP"):  # secondary captures
         data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = made.CT
+        data.Modality = "CT"
         data.ImagePositionPatient, data.ImageOrientationPatient = [1, 2, 3], [1, 0, 0, 0, 1, 0]
         data.PixelSpacing, data.SliceThickness = [1, 2], 3
         data.save_as(path)
@@ -319,6 +320,39 @@ def test_numbers_that_are_none(tmp_path):
     refused(folder, "its pixel spacing is nan x nan mm")
 
 
+@pytest.mark.parametrize("only", [(3,), range(6)])
+def test_slices_of_another_modality_than_their_class(only, tmp_path):
+    def edit(data, number):
+        data.Modality = "MR" if number in only else "CT"
+
+    folder = made.write_series(tmp_path / "a", edit=edit)
+    refused(folder, f"{len(only)} of 6 slices tell another modality than CT; split the series by modality")
+
+
+def test_slices_of_two_classes(tmp_path):
+    def edit(data, number):
+        if number == 5:
+            data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = made.MR
+            data.Modality = "MR"
+
+    refused(made.write_series(tmp_path / "a", edit=edit), r"of 6 slices tell another modality than (CT|MR);")
+
+
+def test_a_modality_that_is_not_told_is_that_of_the_class(tmp_path):
+    folder = made.write_series(tmp_path / "a", edit=without_element("Modality", only=range(6)))
+    assert opened(folder).metadata == {"modality": "CT"}
+
+
+def test_slices_in_several_frames_of_reference(tmp_path):
+    def edit(data, number):
+        data.FrameOfReferenceUID = f"1.2.3.{number if number > 3 else 0}"
+
+    refused(made.write_series(tmp_path / "a", edit=edit), "its slices lie in 3 frames of reference")
+    edit = attribute("FrameOfReferenceUID", "1.2.3")
+    assert opened(made.write_series(tmp_path / "b", edit=edit)).shape == (12, 10, 6)
+    refused(made.write_series(tmp_path / "c", edit=attribute("FrameOfReferenceUID", "1.2.3", 2)), "in 2 frames of")
+
+
 def test_slices_of_other_sizes(tmp_path):
     folder = made.write_series(tmp_path / "a")
     made.write_series(tmp_path / "b", made.voxels((8, 10, 7)))
@@ -429,7 +463,39 @@ def test_a_rescale_that_is_none(slope, tmp_path):
         data = path.read_bytes()
         assert data.count(head + b"5.0 ") == 1
         path.write_bytes(data.replace(head + b"5.0 ", head + slope))
-    refused(folder, "its rescale slope or intercept is no number")
+    refused(folder, "its rescale slope or intercept is missing or no number")
+
+
+def without_element(*names, only):
+    """Takes elements out of some slices."""
+
+    def edit(data, number):
+        for name in names if number in only else ():
+            delattr(data, name)
+
+    return edit
+
+
+def test_a_rescale_of_some_slices_alone(tmp_path):
+    """In the others values would be off by the intercept."""
+    edit = without_element("RescaleSlope", "RescaleIntercept", only=(1, 4))
+    refused(made.write_series(tmp_path / "a", edit=edit), "2 of 6 slices tell no rescale slope and intercept, the")
+    for name in ("RescaleSlope", "RescaleIntercept"):
+        folder = made.write_series(tmp_path / name, edit=without_element(name, only=(1,)))
+        refused(folder, "its rescale slope or intercept is missing")
+
+
+@pytest.mark.parametrize("only", [(2,), range(6)])
+def test_values_that_go_through_a_table(only, tmp_path):
+    def edit(data, number):
+        if number in only:
+            table = Dataset()
+            table.add_new(0x0028_3002, "US", [16, 0, 16])
+            table.add_new(0x0028_3006, "OW", np.arange(16, dtype=np.uint16).tobytes())
+            data.ModalityLUTSequence = [table]
+            del data.RescaleSlope, data.RescaleIntercept
+
+    refused(made.write_series(tmp_path / "a", edit=edit), r"through a table \(ModalityLUTSequence\), which is not read")
 
 
 # --------------------------------------------------------------------------------------------------------------- SUV
