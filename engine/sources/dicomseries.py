@@ -6,7 +6,6 @@ weight alone, for SUV. Objects of other classes are told by the first bytes of t
 """
 
 import io
-import logging
 import math
 import os
 import re
@@ -20,7 +19,20 @@ from jaxtyping import Float64
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.files import failure, files_in
 from patchmill.sources.patience import beat
-from patchmill.sources.series import PIXELS, UID, Damaged, items, printable, raw, read_until, value
+from patchmill.sources.series import (
+    HEAD,
+    NATIVE,
+    PIXELS,
+    STORED_CLASS,
+    SYNTAX,
+    Bounded,
+    Damaged,
+    items,
+    raw,
+    read_until,
+    uid_in,
+    value,
+)
 
 __all__ = ["Plane", "SliceHeader", "Stack", "Tracer", "header_of", "series_of", "series_within", "stack_of"]
 
@@ -69,8 +81,6 @@ TAG = {
 }
 POSITION, ORIENTATION, MEASURES, TRANSFORMATION = 0x0020_9113, 0x0020_9116, 0x0028_9110, 0x0028_9145  # of a frame
 START_TIME, TOTAL_DOSE, HALF_LIFE, START_DATE_TIME = 0x0018_1072, 0x0018_1074, 0x0018_1075, 0x0018_1078
-HEAD = 8192  # bytes of a file among which its class is told
-MOST_HEADER = 64 << 20  # bytes of a header that are read; 10,000 frames take 10 MB
 MOST_FRAMES = 1 << 16  # of a file; more is damage
 MOST_NUMBER = 1e15  # no length, dose or slope is larger, and the squares of what is smaller are finite
 
@@ -80,8 +90,6 @@ SAME_PLACE = 0.01  # of the spacing within a slice: nearer slices are two images
 SIDEWAYS = 0.01  # of a step: more in-plane shift from slice to slice is a tilted gantry, or a jump of the table
 UNEVEN = 0.05  # of the median step; beds of PET are joined with steps that differ by some 2 %
 ASTRAY = 0.25  # of the median step: further from the regular grid a voxel would be nearer to its neighbour's place
-
-logging.getLogger("pydicom").disabled = True  # it quotes what stands in damaged tags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,19 +200,6 @@ def series_within(folder: str | os.PathLike[str]) -> dict[str, tuple[SliceHeader
 # ---------------------------------------------------------------------------------------------------------- headers
 
 
-class Bounded(io.BufferedReader):
-    """A file of which no more is read than a header may have, whatever lengths it tells of."""
-
-    left = MOST_HEADER
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Raises Damaged where that is too much, or everything: a deflated data set may unpack to any size."""
-        if size is None or not 0 <= size <= self.left:
-            raise Damaged("its header is deflated, or too long")
-        self.left -= size
-        return super().read(size)
-
-
 def header_of(path: str | os.PathLike[str]) -> SliceHeader | None:
     """The header of a file; None if it is no image of a volume. Raises OSError, and Damaged if it is damaged."""
     status = os.stat(path)
@@ -218,24 +213,35 @@ def read_header(path: str, stamp: tuple[int, int]) -> SliceHeader | None:
         return None
     with Bounded(io.FileIO(path)) as file:
         head = file.read(HEAD)
-        if head[128:132] != b"DICM" or not ANY_CLASS.search(head):
+        start = start_of(head)
+        if start is None or not ANY_CLASS.search(head):
             return None
-        file.seek(0)
         try:
-            data = read_until(file, PIXELS, TAG.values())
-            told = {text(data, "SOPClassUID"), printable(str(data.file_meta.get("MediaStorageSOPClassUID", "")))}
-            classes = told - {""}
+            meta, data = read_until(file, start, PIXELS, TAG.values())
+            classes = {text(data, "SOPClassUID"), value(meta, STORED_CLASS)} - {""}
             if not classes & CLASSES.keys():
                 return None
             if len(classes) > 1:
                 raise Damaged("it names two classes of objects")
-            return header_from(data, path, stamp, CLASSES[classes.pop()], pixels_at(file))
+            syntax = value(meta, SYNTAX) or NATIVE[1]  # with types or without, which `pixels_at` tells apart
+            return header_from(data, path, stamp, CLASSES[classes.pop()], syntax, pixels_at(file))
         except Damaged:
             raise
         except Exception as error:  # a damaged header makes pydicom raise anything at all
             if isinstance(error, OSError) and error.errno:  # the storage's; pydicom's own have no number
                 raise
             raise Damaged(f"it cannot be read ({type(error).__name__})") from error
+
+
+def start_of(head: bytes) -> int | None:
+    """First byte of what a file says of itself; None if it is no DICOM. head: the bytes that it begins with.
+
+    Some files lack the 128 bytes before DICM, or these with all that DICM announces, and begin with their data set.
+    """
+    for before in (128, 0):
+        if head[before : before + 4] == b"DICM":
+            return before + 4
+    return 0 if head[:2] in (b"\x02\0", b"\x08\0") else None
 
 
 def pixels_at(file: io.BufferedReader) -> tuple[int, int]:
@@ -249,11 +255,11 @@ def pixels_at(file: io.BufferedReader) -> tuple[int, int]:
     return 0, 0
 
 
-def header_from(data: Any, path: str, stamp: tuple[int, int], modality: str, pixels: tuple[int, int]) -> SliceHeader:
+def header_from(
+    data: Any, path: str, stamp: tuple[int, int], modality: str, syntax: str, pixels: tuple[int, int]
+) -> SliceHeader:
     """What is kept of a data set. Raises Damaged, what pydicom raises, and all else that comes of odd values."""
-    series, uid = text(data, "SeriesInstanceUID"), text(data, "SOPInstanceUID")
-    if not (UID.fullmatch(series) and UID.fullmatch(uid)):
-        raise Damaged("it has no UIDs")
+    series, uid = uid_in(data, "SeriesInstanceUID"), uid_in(data, "SOPInstanceUID")
     frames = int(text(data, "NumberOfFrames") or 1)
     if not 0 < frames <= MOST_FRAMES:
         raise Damaged(f"it tells of {frames} frames")
@@ -267,7 +273,7 @@ def header_from(data: Any, path: str, stamp: tuple[int, int], modality: str, pix
         reference=text(data, "FrameOfReferenceUID"),
         image_type=texts(data, "ImageType"),
         kernel=text(data, "ConvolutionKernel").partition("\\")[0].strip(),
-        syntax=printable(str(data.file_meta.get("TransferSyntaxUID", ""))),
+        syntax=syntax,
         rows=number(data, "Rows"),
         columns=number(data, "Columns"),
         samples=number(data, "SamplesPerPixel"),

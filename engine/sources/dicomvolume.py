@@ -27,13 +27,13 @@ from patchmill.sources.dicom import content
 from patchmill.sources.dicomseries import AGAIN, SliceHeader, Stack, Tracer, series_of, series_within, stack_of
 from patchmill.sources.files import check_readable, failure
 from patchmill.sources.scratch import spooled
-from patchmill.sources.series import UID, UNDEFINED, Damaged, runs
+from patchmill.sources.series import BIG_ENDIAN, UID, UNDEFINED, Damaged, runs
 from patchmill.sources.tiff import Unsupported
 from patchmill.types import SourceRef
 
 __all__ = ["DicomVolume"]
 
-BIG_ENDIAN, RLE = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.5"  # transfer syntaxes
+RLE = "1.2.840.10008.1.2.5"  # transfer syntaxes
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", BIG_ENDIAN)
 JPEG_8, JPEG_12 = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"
 JPEG_LOSSLESS = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")

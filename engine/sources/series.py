@@ -7,6 +7,8 @@ Only the tags named below are looked at; pydicom skips the patient's. Labels and
 and nothing else of them is read.
 """
 
+import io
+import logging
 import os
 import re
 import warnings
@@ -26,6 +28,8 @@ __all__ = ["NATIVE", "Damaged", "Frames", "Header", "frames_of", "header_of", "l
 
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # the class of objects: VL Whole Slide Microscopy Image
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")  # transfer syntaxes without compression; the first has no types
+BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
+HEAD = 8192  # bytes of a file among which its class is told
 TAG = {
     "ImageType": 0x0008_0008,
     "SOPClassUID": 0x0008_0016,
@@ -56,15 +60,18 @@ TAG = {
     "SharedFunctionalGroupsSequence": 0x5200_9229,
 }
 OBJECTIVE_POWER, PIXEL_MEASURES, PIXEL_SPACING = 0x0048_0112, 0x0028_9110, 0x0028_0030  # within sequences
+STORED_CLASS, SYNTAX = 0x0002_0002, 0x0002_0010  # before the data set
 PER_FRAME, PLANE_POSITION, COLUMN, ROW = 0x5200_9230, 0x0048_021A, 0x0048_021E, 0x0048_021F
 OFFSETS, PIXELS = 0x7FE0_0001, 0x7FE0_0010
 PLACE = re.compile(rb"\x48\x00\x1e\x02SL\x04\x00(.{4})\x48\x00\x1f\x02SL\x04\x00(.{4})", re.DOTALL)  # COLUMN, ROW
 UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 ITEM = b"\xfe\xff\x00\xe0"
 UNDEFINED = 0xFFFF_FFFF  # a length that a delimiter tells
+MOST_HEADER = 64 << 20  # bytes of a header that are read; 10,000 frames of a volume take 10 MB
 MOST_FRAMES = 1 << 24  # of a file; more is damage
 
 warnings.filterwarnings("ignore", module=r"pydicom\.")  # they print paths, and what stands in damaged tags
+logging.getLogger("pydicom").disabled = True  # and so does its log
 
 
 class Damaged(Exception):  # noqa: N818 - what it is, as everywhere here
@@ -151,6 +158,19 @@ def levels_within(folder: str | os.PathLike[str]) -> dict[str, tuple[Header, ...
 # ---------------------------------------------------------------------------------------------------------- headers
 
 
+class Bounded(io.BufferedReader):
+    """A file of which no more is read than a header may have, whatever lengths it tells of."""
+
+    left = MOST_HEADER
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Raises Damaged where that is too much, or everything."""
+        if size is None or not 0 <= size <= self.left:
+            raise Damaged("its header is too long")
+        self.left -= size
+        return super().read(size)
+
+
 def header_of(path: str | os.PathLike[str]) -> Header | None:
     """The header of a file; None if it is no whole-slide image. Raises OSError, and Damaged if it is damaged."""
     status = os.stat(path)
@@ -162,33 +182,31 @@ def read_header(path: str, stamp: tuple[int, int]) -> Header | None:
     """`header_of` the file that was so large and so old."""
     if not os.path.isfile(path):  # a pipe would block for ever
         return None
-    with open(path, "rb") as file:
-        if file.read(132)[128:] != b"DICM":
+    with Bounded(io.FileIO(path)) as file:
+        head = file.read(HEAD)
+        if head[128:132] != b"DICM" or WHOLE_SLIDE.encode() not in head:
             return None
-        file.seek(0)
         try:
-            data = read_until(file, PER_FRAME, TAG.values())
-            classes = {text(data, "SOPClassUID"), printable(str(data.file_meta.get("MediaStorageSOPClassUID", "")))}
+            meta, data = read_until(file, 132, PER_FRAME, TAG.values())
+            classes = {text(data, "SOPClassUID"), value(meta, STORED_CLASS)}
             if WHOLE_SLIDE not in classes:
                 return None
             if len(classes) > 1:  # OpenSlide goes by the second, and has crashed over the first
                 raise Damaged("it names two classes of objects")
-            return header_from(data, path, stamp)
+            return header_from(data, path, stamp, value(meta, SYNTAX))
         except (OSError, Damaged):
             raise
         except Exception as error:  # a damaged header makes pydicom raise anything at all
             raise Damaged(f"it cannot be read ({type(error).__name__})") from error
 
 
-def header_from(data: Any, path: str, stamp: tuple[int, int]) -> Header:
+def header_from(data: Any, path: str, stamp: tuple[int, int], syntax: str) -> Header:
     """What is kept of a data set. Raises Damaged, what pydicom raises, and all else that comes of odd values."""
     paths = items(data, TAG["OpticalPathSequence"])
     shared = items(data, TAG["SharedFunctionalGroupsSequence"])
     measures = items(shared[0], PIXEL_MEASURES) if shared else []
     spacing = value(measures[0], PIXEL_SPACING).split("\\") if measures else []
-    series, uid = text(data, "SeriesInstanceUID"), text(data, "SOPInstanceUID")
-    if not (UID.fullmatch(series) and UID.fullmatch(uid)):  # copies of the file bear the second as their name
-        raise Damaged("it has no UIDs")
+    series, uid = uid_in(data, "SeriesInstanceUID"), uid_in(data, "SOPInstanceUID")
     layout = [number(data, name) for name in ("SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation")]
     return Header(
         path=path,
@@ -204,7 +222,7 @@ def header_from(data: Any, path: str, stamp: tuple[int, int]) -> Header:
         first=number(data, "ConcatenationFrameOffsetNumber"),
         planes=number(data, "TotalPixelMatrixFocalPlanes"),
         paths=max(len(paths), number(data, "NumberOfOpticalPaths")),
-        syntax=printable(str(data.file_meta.TransferSyntaxUID)),
+        syntax=syntax,
         photometric=text(data, "PhotometricInterpretation"),
         planar=number(data, "PlanarConfiguration") == 1,
         rgb8=layout == [3, 8, 8, 0],
@@ -218,11 +236,37 @@ def header_from(data: Any, path: str, stamp: tuple[int, int]) -> Header:
     )
 
 
-def read_until(file: BinaryIO, end: int, tags: Iterable[int]) -> Any:
-    """The data set of these tags before the tag `end`, where the file stands then. Raises what pydicom raises."""
-    from pydicom.filereader import read_partial  # takes 0.2 s to import, and most archives hold no DICOM
+def read_until(file: BinaryIO, start: int, end: int, tags: Iterable[int]) -> tuple[Any, Any]:
+    """What a file says of itself, and the data set of these tags before the tag `end`, where the file stands then.
 
-    return read_partial(file, stop_when=lambda tag, vr, length: int(tag) >= end, specific_tags=list(tags))
+    start: the first byte after DICM. A deflated data set is not read: it may unpack to any size. Raises Damaged, and
+    what pydicom raises.
+    """
+    from pydicom.filereader import read_dataset  # takes 0.2 s to import, and most archives hold no DICOM
+
+    file.seek(start)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: int(tag) >> 16 != 2)
+    syntax = value(meta, SYNTAX)
+    if syntax == DEFLATED:
+        raise Damaged("it is deflated")
+    here, typed = file.tell(), file.read(6)[4:].isalpha()  # as pydicom finds it out, with a warning
+    file.seek(here)
+    data = read_dataset(
+        file,
+        not typed,
+        syntax != BIG_ENDIAN,
+        stop_when=lambda tag, vr, length: int(tag) >= end,
+        specific_tags=list(tags),
+    )
+    return meta, data
+
+
+def uid_in(data: Any, name: str) -> str:
+    """A UID by its name. Raises Damaged if it is absent or none, for sources and copies of files bear it."""
+    found = text(data, name)
+    if not UID.fullmatch(found):
+        raise Damaged(f"its {name} is no UID" if raw(data, TAG[name]).strip(b" \0") else f"it has no {name}")
+    return found
 
 
 def raw(data: Any, tag: int) -> bytes:
@@ -267,7 +311,7 @@ def frames_of(header: Header) -> Frames:
     if not 0 < header.frames <= MOST_FRAMES:
         raise Damaged(f"it tells of {header.frames} frames")
     with open(header.path, "rb") as file:
-        data = read_until(file, PIXELS, [OFFSETS, *([PER_FRAME] if header.sparse else [])])
+        _, data = read_until(file, 132, PIXELS, [OFFSETS, *([PER_FRAME] if header.sparse else [])])
         corners = corners_of(data, header.frames) if header.sparse else None
         if header.syntax in NATIVE:
             offsets, lengths = native_frames(file, header)

@@ -1,12 +1,15 @@
 """The direct reader for DICOM against OpenSlide, pixel by pixel, and against the pictures where OpenSlide fails."""
 
 import errno
+import logging.handlers
 import os
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
 import openslide
+import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
@@ -15,7 +18,7 @@ from patchmill.errors import SourceError, TransientError
 from patchmill.sources import DicomSlide, OpenSlideSlide, open_slide, stage
 from patchmill.sources import dicom as reader
 from patchmill.sources.dicom import Refused
-from patchmill.sources.series import header_of, levels_of
+from patchmill.sources.series import Damaged, header_of, levels_of
 from patchmill.sources.tiff import Unsupported
 from patchmill.testing.contracts import SlideContract
 from patchmill.types import SourceRef
@@ -214,8 +217,39 @@ def test_a_copy_on_a_local_disk_is_the_whole_series_without_its_label(two, tmp_p
 def test_a_uid_never_leads_out_of_a_folder(one):
     path = one()
     path.write_bytes(path.read_bytes().replace(b"1.2.3.4.1", b"/../../.."))
-    with pytest.raises(SourceError, match="it has no UIDs"):
+    with pytest.raises(SourceError, match="its SOPInstanceUID is no UID"):
         open_slide(ref(path))
+
+
+def test_a_deflated_file_is_never_unpacked(one, monkeypatch):
+    path = one()
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
+    data.save_as(path)
+    monkeypatch.setattr(zlib, "decompress", None)  # what pydicom would unpack with
+    with pytest.raises(Damaged, match="it is deflated"):
+        header_of(path)
+
+
+def test_a_length_that_lies_takes_no_memory(one):
+    path = one()
+    data = path.read_bytes()
+    at = data.index(b"\x08\x00\x08\x00CS") + 4
+    path.write_bytes(data[:at] + b"UT\0\0\xf0\xff\xff\xff" + data[at + 4 :])
+    with pytest.raises(Damaged, match="its header is too long"):
+        header_of(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_no_damaged_tag_is_quoted_in_a_log(one):
+    path = one(edit=lambda data: setattr(data, "SpecificCharacterSet", "Doe^Jane"))
+    kept = logging.handlers.BufferingHandler(1000)
+    logging.getLogger("pydicom").addHandler(kept)
+    try:
+        assert header_of(path).series
+    finally:
+        logging.getLogger("pydicom").removeHandler(kept)
+    assert kept.buffer == []
 
 
 def concatenated(number, first, total=3):
@@ -349,7 +383,7 @@ FAILED = {  # and never handed to OpenSlide, which crashes on one of them and sh
     "it tells of 0 frames": {"edit": attribute("NumberOfFrames", 0)},
     "a level of 16777216 x 3 frames": {"missing": HOLES, "edit": attribute("TotalPixelMatrixColumns", (1 << 32) - 1)},
     "its frames do not tell their places": {"edit": attribute("DimensionOrganizationType", "TILED_SPARSE")},
-    "it has no UIDs": {"edit": attribute("SeriesInstanceUID", "")},
+    "it has no SeriesInstanceUID": {"edit": attribute("SeriesInstanceUID", "")},
     "frames of 256 x 65000 px": {"edit": attribute("Rows", 65000)},
     "it cannot be read (ValueError)": {"edit": attribute("NumberOfFrames", "")},
     "its pixels are of another size": {"codec": "none", "edit": attribute("PixelData", bytes(1000))},

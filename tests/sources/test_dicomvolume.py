@@ -657,7 +657,10 @@ PIXELS = {
     "6 of 6 slices are damaged, the first is slice 1 ": {"codec": "jpeg2000", "edit": attribute("Rows", 11)},
     "6 of 6 slices are damaged, the first is slice 1  ": {"codec": "jpeg-ls", "edit": attribute("Columns", 11)},
     "6 of 6 slices are damaged, the first is slice 1   ": {"codec": "jpeg lossless", "edit": attribute("Rows", 11)},
-    "it has no UIDs": {"edit": attribute("SeriesInstanceUID", None)},
+    "it has no SeriesInstanceUID": {"edit": attribute("SeriesInstanceUID", None)},
+    "its SeriesInstanceUID is no UID": {"edit": attribute("SeriesInstanceUID", made.PLANTED)},
+    "its SeriesInstanceUID is no UID ": {"edit": attribute("SeriesInstanceUID", "1.2/../../3")},
+    "it has no SOPInstanceUID": {"edit": attribute("SOPInstanceUID", None)},
     "it tells of 0 frames": {"edit": attribute("NumberOfFrames", 0)},
     "it tells of 99999999 frames": {"edit": attribute("NumberOfFrames", 99999999)},
     "it has 5 images in each of 6 places": {"edit": attribute("NumberOfFrames", 5)},
@@ -669,6 +672,33 @@ PIXELS = {
 def test_pixels_that_are_not_there_or_not_ours(why, tmp_path):
     folder = made.write_series(tmp_path / "a", **PIXELS[why])
     refused(folder / "000", re.escape(why.strip()))
+
+
+@pytest.mark.parametrize("codec", ["none", "implicit", "big-endian", "jpeg-ls"])
+def test_files_without_their_first_128_bytes(codec, tmp_path):
+    folder = made.write_series(tmp_path / "a", codec=codec)
+    for name in ("000", "004"):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[128:])
+    np.testing.assert_array_equal(stored(opened(folder)), made.voxels())
+    assert opened(folder / "004").shape == (12, 10, 6)
+
+
+@pytest.mark.parametrize("codec", ["none", "implicit"])
+def test_files_that_begin_with_their_data_set(codec, tmp_path):
+    folder = made.write_series(tmp_path / "a", codec=codec)
+    for name in ("001", "003"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[data.index(b"\x08\x00\x08\x00") :])
+        assert pydicom.dcmread(folder / name, force=True).SeriesInstanceUID == "1.2.3.4"
+    np.testing.assert_array_equal(stored(opened(folder)), made.voxels())
+
+
+def test_a_text_that_names_classes_is_no_dicom(tmp_path):
+    folder = made.write_series(tmp_path / "a")
+    (folder / "LICENSE").write_text(f"series,class\n1.2.3.4,{made.CT}\n")
+    assert header_of(folder / "LICENSE") is None
+    assert opened(folder).shape == (12, 10, 6)
 
 
 def test_a_file_of_two_classes(tmp_path):
@@ -696,7 +726,7 @@ def test_a_deflated_file_is_never_unpacked(tmp_path):
     data = pydicom.dcmread(folder / "000")
     data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
     data.save_as(folder / "000")
-    refused(folder / "000", "a DICOM header is damaged: its header is deflated, or too long")
+    refused(folder / "000", "a DICOM header is damaged: it is deflated")
 
 
 @pytest.mark.parametrize("codec", ["none", "rle", "jpeg lossless", "jpeg lossless 1", "jpeg-ls", "jpeg2000", "jpeg"])
@@ -751,13 +781,13 @@ def test_a_length_that_lies_takes_no_memory(tmp_path):
     data = (folder / "000").read_bytes()
     at = data.index(b"\x08\x00\x08\x00CS") + 4
     (folder / "000").write_bytes(data[:at] + b"UT\0\0\xf0\xff\xff\xff" + data[at + 4 :])
-    refused(folder / "000", "its header is deflated, or too long")
+    refused(folder / "000", "its header is too long")
 
 
 def test_no_more_of_a_header_is_read_than_there_may_be(tmp_path, monkeypatch):
     path = made.write_enhanced(tmp_path / "a.dcm")
-    monkeypatch.setattr("patchmill.sources.dicomseries.Bounded.left", 9000)
-    refused(path, "its header is deflated, or too long")
+    monkeypatch.setattr("patchmill.sources.series.Bounded.left", 9000)
+    refused(path, "its header is too long")
 
 
 @pytest.mark.parametrize("codec", EXACT)
