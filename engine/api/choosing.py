@@ -42,12 +42,12 @@ def encode_for(
     window: str | None = None,
     slab: int | None = None,
     fit: Fit | None = None,
-) -> tuple[EncodeSettings, str]:
-    """The settings with the view that these sources ask for, and what is to be said of it; mostly nothing.
+) -> tuple[EncodeSettings, str, str]:
+    """The settings with the view that these sources ask for, units, and what is to be said of it; mostly nothing.
 
     intensity, window: as for `patchmill.encoders.intensity_of`; where neither is given the modality that all volumes
-    name decides. An encoder of HU has no such choice. Raises UsageError where that is none or several, for what these
-    sources have no use for, and for sources that cannot be HU.
+    name decides, and their values must then have the units. An encoder of HU has no such choice. Raises UsageError
+    where that is none or several, for what these sources have no use for, and for sources that cannot be HU.
     """
     kind = entries[0].kind
     wanted: Mapping[Kind, Mapping[str, object]] = {
@@ -63,22 +63,24 @@ def encode_for(
         wrong = f"{encode.encoder} takes Hounsfield units, and these are {NAMES[kind]}"
         raise UsageError("--encoder", wrong, "use another encoder; this one is for CT volumes")
     if kind == "images":
-        return replace(encode, fit=fit or encode.fit or "pad"), ""
+        return replace(encode, fit=fit or encode.fit or "pad"), "", ""
     if kind == "slide":
-        return encode, ""
+        return encode, "", ""
     asked = intensity_of(intensity, window) or encode.intensity
-    said = ""
+    units = said = ""
     if hounsfield and asked is not None:
         option = "--intensity" if window is None else "--window"
         raise UsageError(option, f"{encode.encoder} takes Hounsfield units as they are", "leave it out")
-    if hounsfield and not all(entry.modality for entry in entries):
+    if hounsfield and any(entry.modality == "" for entry in entries):
         said = f"{encode.encoder} takes Hounsfield units: files that cannot tell are taken to hold them"
     if asked is None and not hounsfield:
-        modalities = sorted({entry.modality for entry in entries})
+        modalities = sorted({entry.modality for entry in entries if entry.modality is not None})
         name = USUAL.get(modalities[0]) if len(modalities) == 1 else None
-        if name is None:
+        if name is None and modalities:
             found = ", ".join(each or "unknown" for each in modalities)
             wrong = f"nothing says how values become grey levels (modality: {found})"
             raise UsageError("--intensity", wrong, f"use {', '.join(presets())}, or --window LOW,HIGH")
-        asked, said = presets()[name], f"intensities {name}, since the modality is {modalities[0]}"
-    return replace(encode, intensity=asked, slab=encode.slab if slab is None else slab), said
+        if name is not None:
+            asked, said = presets()[name], f"intensities {name}, since the modality is {modalities[0]}"
+            units = asked.units
+    return replace(encode, intensity=asked, slab=encode.slab if slab is None else slab), units, said

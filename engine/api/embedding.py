@@ -59,7 +59,7 @@ def embed(
     asked = plan if isinstance(plan, Settings) else None
     entries = find_sources(listed(sources), asked.kind if asked else kind)
     settings = asked or settings_for(entries[0].kind, plan if isinstance(plan, Mapping) else {})
-    encode, note = encode_for(
+    encode, units, note = encode_for(
         encode or EncodeSettings(), entries, intensity=intensity, window=window, slab=slab, fit=fit
     )
     if say is not None:
@@ -79,6 +79,7 @@ def embed(
             roi=rois.get(entry.name),
             frame=settings.frame if isinstance(settings, VolumeSettings) else None,
             spacing=voxel,
+            units=units,
         )
         for entry in registered
     )

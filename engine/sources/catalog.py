@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from patchmill.errors import UsageError
-from patchmill.sources.dicomseries import SliceHeader, series_within
+from patchmill.sources.dicomseries import SliceHeader, object_in, series_within
 from patchmill.sources.dicomseries import header_of as slice_header_of
 from patchmill.sources.objects import checked_url, is_url
 from patchmill.sources.omezarr import is_ome_zarr
@@ -40,7 +40,7 @@ class CatalogEntry:
     name: str  # what the source's id is made from: the catalog's id, else the path relative to what was named
     path: str  # absolute, or a URL
     kind: Kind = "slide"
-    modality: str = ""  # as DICOM calls it: CT, MR, PT
+    modality: str | None = ""  # as DICOM calls it: CT, MR, PT; None of what opening will fail at
     mpp: float | None = None  # micrometres per level-0 pixel that override the file's own
     patient: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -54,7 +54,8 @@ def find_sources(paths: Sequence[str | os.PathLike[str]], kind: Kind | None = No
     PET. A folder of pictures is an image set, or, as a volume, a stack of slices. A URL is one Zarr volume. A catalog
     has a column `path` (relative to its own folder, or a URL), and may have `id`, `mpp`, `patient`; every other
     column is a label. A file that is missing, empty or of no known format, and a subfolder that cannot be read, is an
-    entry all the same: opening it fails, and the others go on.
+    entry all the same: opening it fails, and the others go on. Of the files in a folder whose DICOM headers have one
+    damage the first is an entry.
 
     The files of a DICOM series in one folder are one source, which the first file by name stands for (of a slide, the
     first level), whichever of them is named; a volume bears the series' UID as its name.
@@ -69,12 +70,13 @@ def find_sources(paths: Sequence[str | os.PathLike[str]], kind: Kind | None = No
         found.extend(entries_of(os.fspath(path), kind))
     if not found:
         raise UsageError("SRC", "nothing is named", "name slides, volumes, folders, globs or a .csv catalog")
-    counts = Counter(each.kind for each in found)
+    counts = Counter(each.kind for each in found if each.modality is not None) or Counter(each.kind for each in found)
     if len(counts) > 1:
         held = ", ".join(f"{count} of {NAMES[each]}" for each, count in sorted(counts.items()))
         do = f"embed one kind at a time: --as {' or --as '.join(sorted(counts))}"
         raise UsageError("SRC", f"it holds sources of several kinds: {held}", do)
-    return distinct(found)
+    (own,) = counts
+    return distinct([replace(each, kind=own) if each.modality is None else each for each in found])
 
 
 NAMES: Mapping[Kind, str] = {"slide": "slides", "volume": "volumes", "images": "image sets"}
@@ -120,7 +122,9 @@ def folder_entries(path: Path, name: str, kind: Kind | None, src: str) -> Iterat
 def file_entries(path: Path, name: str, kind: Kind | None) -> Iterator[CatalogEntry]:
     """The entries of a file, which may stand for a series."""
     found = kind or kind_of(path)
-    if found == "volume":
+    if found != "images" and (fault := fault_in(path)) is not None:
+        yield broken(name, path, kind or ("volume" if fault else "slide"))
+    elif found == "volume":
         yield volume_entry(path, name)
     elif found == "images":
         yield plain(name, path, "images")
@@ -152,13 +156,21 @@ def series_of(path: Path) -> Sequence[SliceHeader]:
         return ()
 
 
-def is_damaged(path: Path) -> bool:
-    """Whether a file is one of DICOM whose header cannot be read."""
+def fault_in(path: Path) -> str | None:
+    """What is wrong with the header of a DICOM file, "" where it has none that can be read; None of any other file."""
     try:
-        slice_header_of(path)
-    except (OSError, Damaged):
-        return True
-    return False
+        if may_be_dicom(path):
+            slice_header_of(path)
+    except Damaged as error:
+        return str(error)
+    except OSError:
+        return ""
+    return "" if is_slide(path) is None else None
+
+
+def broken(name: str, path: Path, kind: Kind) -> CatalogEntry:
+    """An entry that opening will fail at, which is better told than passed over. kind: unless others have another."""
+    return CatalogEntry(name=name, path=os.path.abspath(path), kind=kind, modality=None)
 
 
 @cache  # for one call of `find_sources`
@@ -261,6 +273,7 @@ def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[Catal
     found: list[CatalogEntry] = []
     pictures: set[Path] = set()
     unknown: list[Path] = []
+    objects: Counter[str] = Counter()  # of DICOM, in a folder without sources
     for where, folders, files in os.walk(top, onerror=locked.append):
         here = Path(where)
         if is_archive(here):
@@ -282,6 +295,8 @@ def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[Catal
             found += [entry(path.relative_to(base).as_posix(), path) for path, slide in told.items() if slide]
         if kind in (None, "volume"):
             found += volumes(here, base, files, kind)
+        if not found:
+            objects.update(filter(None, (object_in(here / name) for name in files if may_be_dicom(here / name))))
         pictures |= {here for name in files if Path(name).suffix.lower() in PICTURE_SUFFIXES}
     for error in locked:
         where_locked = Path(error.filename or top)
@@ -290,8 +305,7 @@ def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[Catal
             raise UsageError(os.fspath(where_locked), wrong, "make it readable") from error
         unknown.append(where_locked)
     own = found[0].kind if found else kind or "slide"
-    for path in unknown:  # opening it fails, which is better told than passed over
-        found.append(plain(path.relative_to(base).as_posix(), path, own))
+    found += [broken(path.relative_to(base).as_posix(), path, own) for path in unknown]
     if not found and pictures and kind is None:
         if any(is_stack(each) for each in pictures):
             wrong = "its pictures are numbered, as slices of a volume are"
@@ -301,18 +315,26 @@ def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[Catal
     if not found:
         wanted = NAMES[kind] if kind else "slide and no volume"
         known = ", ".join(sorted(SLIDE_SUFFIXES if kind == "slide" else [*SLIDE_SUFFIXES, *VOLUME_SUFFIXES]))
-        raise UsageError(src, f"no {wanted.removesuffix('s')} is in this folder", f"they end in {known}")
+        wrong = f"no {wanted.removesuffix('s')} is in this folder"
+        if objects:
+            held = ", ".join(f"{count} of {each}" for each, count in sorted(objects.items()))
+            do = "slides are VL Whole Slide Microscopy, volumes CT, MR or PET; embed other images with --as images"
+            raise UsageError(src, f"{wrong}, its DICOM files are: {held}", do)
+        raise UsageError(src, wrong, f"they end in {known}")
     yield from found
 
 
 def volumes(here: Path, base: Path, files: Sequence[str], kind: Kind | None) -> Iterator[CatalogEntry]:
     """The volumes among the files of one folder."""
-    for name in files:
-        path = here / name
+    damaged: dict[str, CatalogEntry] = {}  # by what is wrong: the first stands for all
+    for name in sorted(files):
+        path, relative = here / name, (here / name).relative_to(base).as_posix()
         suffixes = (*VOLUME_SUFFIXES, ".tif", ".tiff") if kind == "volume" else VOLUME_SUFFIXES
-        # A damaged slice would leave its series shorter with nobody told: by itself it fails.
-        if name.lower().endswith(suffixes) or (may_be_dicom(path) and is_damaged(path)):
-            yield plain(path.relative_to(base).as_posix(), path, "volume")
+        if name.lower().endswith(suffixes):
+            yield plain(relative, path, "volume")
+        elif (fault := fault_in(path)) is not None:  # or its series would be shorter with nobody told
+            damaged.setdefault(fault or relative, broken(relative, path, "volume"))
+    yield from damaged.values()
     if any(may_be_dicom(here / name) for name in files):
         try:
             series = volumes_in(here)

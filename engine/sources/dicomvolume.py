@@ -24,7 +24,16 @@ import simplejpeg
 
 from patchmill.errors import SourceError
 from patchmill.sources.dicom import content
-from patchmill.sources.dicomseries import AGAIN, SliceHeader, Stack, Tracer, series_of, series_within, stack_of
+from patchmill.sources.dicomseries import (
+    AGAIN,
+    SliceHeader,
+    Stack,
+    Tracer,
+    damaged_within,
+    series_of,
+    series_within,
+    stack_of,
+)
 from patchmill.sources.files import check_readable, failure
 from patchmill.sources.scratch import spooled
 from patchmill.sources.series import BIG_ENDIAN, UID, UNDEFINED, Damaged, runs
@@ -57,6 +66,7 @@ DATE, TIME = re.compile(r"\d{8}"), re.compile(r"(\d\d)(\d\d)(\d\d)?(\.\d{1,6})?"
 MOMENT = re.compile(r"(\d{8})(\d{6}(\.\d{1,6})?)")  # without an offset from UTC, which the other times do not have
 MOST_HALF_LIVES = 20.0  # from injection to scan; more is a wrong date
 COPY = "copy the series again"
+EXPORT = "copy it again, or export it again as explicit VR little endian"
 
 Samples = np.ndarray[Any, np.dtype[Any]]
 Place = tuple[int, int, int]
@@ -84,7 +94,7 @@ class DicomVolume:
             raise
         except Exception as error:  # damaged headers hold anything at all
             told = str(error) if isinstance(error, Damaged) else f"it cannot be read ({type(error).__name__})"
-            raise SourceError(ref.id, f"a DICOM header is damaged: {told}", COPY) from error
+            raise SourceError(ref.id, f"a DICOM header is damaged: {told}", EXPORT) from error
         kinds = {(stored_type(header), scale) for (header, _), scale in zip(stack.slices, scales, strict=True)}
         alike = len(kinds) == 1
         self.dtype: np.dtype[Any] = stored_type(stack.slices[0][0]) if alike else np.dtype(np.float32)
@@ -129,7 +139,11 @@ def slices_at(ref: SourceRef) -> tuple[SliceHeader, ...]:
         series = next(iter(within.values()), ())
     else:
         check_readable(ref)
-        series = series_of(ref.path)
+        try:
+            series = series_of(ref.path)
+        except Damaged as error:
+            others = damaged_within(os.path.dirname(ref.path), str(error)) - 1
+            raise Damaged(f"{error} ({others} more of its folder are alike)" if others > 0 else str(error)) from error
     if not series:
         raise Unsupported("no DICOM image of CT, MR or PET, nor a folder of one series of them")
     return series

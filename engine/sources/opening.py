@@ -75,8 +75,8 @@ def open_volume(ref: SourceRef) -> Volume:
     A file of a DICOM series, or its folder, stands for the whole series; a Zarr volume and a stack of pictures are
     folders; what a URL names is a Zarr volume.
 
-    Raises SourceError (missing, empty, forbidden, no volume, damaged, no regular grid), or TransientError
-    where its storage fails; both name ref.id.
+    Raises SourceError (missing, empty, forbidden, no volume, damaged, no regular grid, not in ref.units), or
+    TransientError where its storage fails; both name ref.id.
     """
     if is_url(ref.path):
         try:
@@ -88,9 +88,14 @@ def open_volume(ref: SourceRef) -> Volume:
         if ref.reader not in ("auto", name):
             continue
         try:
-            return reader(ref)
+            volume = reader(ref)
         except Unsupported:
             continue
+        if ref.units not in ("", volume.units):
+            volume.close()
+            wrong = f"its intensities follow from its modality and are for {ref.units}, which it does not say it has"
+            raise SourceError(ref.id, wrong, "give --intensity or --window")
+        return volume
     raise SourceError(
         ref.id,
         "it is no volume of a known format",

@@ -26,6 +26,7 @@ class SourceRef:
     kind: Kind = "slide"
     frame: int | None = None  # which volume of a file that holds several, from 0
     spacing: tuple[float, float, float] | None = None  # millimetres along i, j, k, for volumes whose files tell none
+    units: str = ""  # that values of a volume must have by its own word, where its modality alone chose the intensities
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ def write_nifti(path, voxels, affine=None):
 
 def write_ct(folder, voxels, **tags):
     """A series of axial CT slices, one file each."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for number in range(voxels.shape[2]):
         meta = FileMetaDataset()
         meta.MediaStorageSOPClassUID = CTImageStorage
@@ -300,6 +300,35 @@ def test_a_damaged_good_series_is_refused_without_a_word_about_the_patient(embed
     assert ran.code in (1, 2)
     for planted in PLANTED.values():
         assert planted not in ran.err + ran.out
+
+
+def test_values_of_no_known_units_are_never_windowed_by_their_modality(patchmill, embed, tmp_path):
+    write_ct(tmp_path / "ct" / "good", ball() + 1000)
+    unsaid = write_ct(tmp_path / "ct" / "unsaid", ball(), RescaleType="US", SeriesInstanceUID="1.2.3.9")
+    ran = embed(tmp_path / "a", tmp_path / "ct", "--json")
+    assert ran.code == 1
+    outcomes = {Path(each["path"]).parent.name: each for each in json.loads(ran.out)["outcomes"]}
+    assert outcomes["good"]["outcome"] == "complete"
+    assert "are for HU, which it does not say it has; give --intensity or --window" in outcomes["unsaid"]["wrong"]
+    assert embed(tmp_path / "b", unsaid, "--intensity", "ct-soft-tissue").code == 0  # who says so knows
+    assert embed(tmp_path / "c", unsaid, "--window", "0,200").code == 0
+
+
+def test_what_cannot_be_opened_has_no_say_in_the_intensities(patchmill, embed, tmp_path):
+    series = write_ct(tmp_path / "ct", ball() + 1000)
+    (series / "empty.dcm").touch()
+    os.mkfifo(series / "pipe.dcm")
+    ran = embed(tmp_path / "a", series, "--json")
+    assert ran.code == 1, ran.err
+    assert "intensities ct-soft-tissue, since the modality is CT" in ran.err
+    outcomes = {Path(each["path"]).name: each for each in json.loads(ran.out)["outcomes"]}
+    assert outcomes["slice000"]["outcome"] == "complete"
+    assert outcomes["empty.dcm"]["wrong"] == "the file is empty; copy it again"
+    assert "no regular file" in outcomes["pipe.dcm"]["wrong"]
+    for path in series.glob("slice*"):
+        path.unlink()
+    (series / "pipe.dcm").unlink()
+    assert embed(tmp_path / "b", series, "--as", "volume").code == 1  # none of them can be opened: each fails by itself
 
 
 def test_an_image_set_from_end_to_end(patchmill, embed, tmp_path):

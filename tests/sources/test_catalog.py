@@ -291,6 +291,44 @@ def test_dicom_files_that_cannot_be_told_are_entries_that_will_fail(dicom, monke
     assert names(dicom / "ct", kind="slide") == ["damaged.dcm", "empty.dcm"]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_damaged_slices_of_one_kind_are_one_entry(dicom, write_dicom):
+    """Or a series of 1,000 deflated files would fail 1,000 times."""
+    where, ct = dicom / "ct", "1.2.840.10008.5.1.4.1.1.2"
+    for n, uid in enumerate(("Doe^Jane", "Doe^John", "", "")):
+        edit = lambda data, uid=uid: setattr(data, "SeriesInstanceUID", uid)  # noqa: E731
+        write_dicom(where / f"bad{n}.dcm", picture(100, 100), number=n + 3, object_class=ct, edit=edit)
+    found = find_sources([where])
+    assert [(each.name, each.modality) for each in found[1:]] == [("bad0.dcm", None), ("bad2.dcm", None)]
+    assert {each.kind for each in find_sources([where / "bad3.dcm"])} == {"volume"}
+    (where / "ct1.dcm").unlink()
+    assert names(where) == ["bad0.dcm", "bad2.dcm"]
+    assert {each.kind for each in find_sources([where])} == {"volume"}
+
+
+def test_what_cannot_be_opened_has_the_kind_of_the_others(dicom):
+    where = dicom / "ct"
+    (where / "empty.dcm").touch()
+    os.mkfifo(where / "pipe.dcm")
+    for src in ([where], [f"{where}/*"], sorted(where.iterdir())):
+        found = {each.name: (each.kind, each.modality) for each in find_sources(src)}
+        assert found.pop("empty.dcm") == found.pop("pipe.dcm") == ("volume", None)
+        assert list(found.values()) == [("volume", "CT")]
+    assert [(each.kind, each.modality) for each in find_sources([where / "empty.dcm"])] == [("slide", None)]
+
+
+def test_a_folder_of_dicom_without_sources_says_what_it_holds(tmp_path, write_dicom):
+    root = "1.2.840.10008.5.1.4.1.1."
+    for n, tail in enumerate(("7", "7", "481.3")):
+        write_dicom(tmp_path / f"{n}.dcm", picture(100, 100), number=n, object_class=root + tail)
+    text = refusal(tmp_path)
+    assert "no slide and no volume is in this folder" in text
+    assert "its DICOM files are: 1 of RT Structure Set, 2 of Secondary Capture Image;" in text
+    assert ".dcm" not in text.replace(str(tmp_path), "")
+    write_dicom(tmp_path / "0.dcm", picture(100, 100), object_class="1.2.3.4")
+    assert "1 of RT Structure Set, 1 of Secondary Capture Image, 1 of no class of the standard;" in refusal(tmp_path)
+
+
 def test_a_folder_of_many_series_is_searched_once(dicom, monkeypatch):
     searched = []
     monkeypatch.setattr(catalog, "levels_within", lambda folder: searched.append(folder) or levels_within(folder))

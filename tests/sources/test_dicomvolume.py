@@ -701,6 +701,13 @@ def test_a_text_that_names_classes_is_no_dicom(tmp_path):
     assert opened(folder).shape == (12, 10, 6)
 
 
+def test_files_of_one_damage_are_counted(tmp_path):
+    folder = made.write_series(tmp_path / "a", edit=without_element("SeriesInstanceUID", only=(1, 2, 3)))
+    lost = [path for path in folder.iterdir() if b"1.2.3.4\0" not in path.read_bytes()[400:]]
+    assert len(lost) == 3
+    refused(lost[0], r"it has no SeriesInstanceUID \(2 more of its folder are alike\); copy it again, or export it")
+
+
 def test_a_file_of_two_classes(tmp_path):
     path = made.write_series(tmp_path / "a") / "000"
     old, new = (f"{each}\0".encode() for each in (made.CT, made.MR))
