@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from patchmill.errors import SourceError, TransientError
-from patchmill.sources.files import failure, files_in
-from patchmill.sources.patience import beat
+from patchmill.errors import SourceError
 from patchmill.sources.series import (
     HEAD,
     NATIVE,
@@ -27,6 +25,7 @@ from patchmill.sources.series import (
     SYNTAX,
     Bounded,
     Damaged,
+    headers_within,
     items,
     raw,
     read_until,
@@ -189,40 +188,18 @@ def series_of(path: str | os.PathLike[str]) -> tuple[SliceHeader, ...]:
 def series_within(folder: str | os.PathLike[str]) -> dict[str, tuple[SliceHeader, ...]]:
     """The files of every series of slices in a folder, without its subfolders, by series and name.
 
-    A copy of a file counts once. A file that is locked or has a damaged header is left out: nobody knows which series
-    it belongs to, and it fails by itself where it is found or named. Raises OSError where the folder cannot be read
-    or storage fails.
+    A copy of a file counts once. Raises as `headers_within`.
     """
     found: dict[str, dict[str, SliceHeader]] = {}
-    for path in files_in(folder):
-        beat()
-        try:
-            header = header_of(path)
-        except OSError as error:
-            if isinstance(failure("", error), TransientError):
-                raise
-        except Damaged:
-            pass
-        else:
-            if header:
-                found.setdefault(header.series, {}).setdefault(header.uid, header)
+    for header in headers_within(folder, header_of):
+        if isinstance(header, SliceHeader):
+            found.setdefault(header.series, {}).setdefault(header.uid, header)
     return {series: tuple(headers.values()) for series, headers in found.items()}
 
 
 def damaged_within(folder: str | os.PathLike[str], how: str) -> int:
-    """How many files in a folder have headers that are damaged in this way. Raises OSError as `series_within`."""
-    count = 0
-    with os.scandir(folder or ".") as entries:
-        paths = [entry.path for entry in entries if entry.is_file()]
-    for path in paths:
-        beat()
-        try:
-            header_of(path)
-        except OSError:
-            pass
-        except Damaged as error:
-            count += str(error) == how
-    return count
+    """How many files in a folder have headers that are damaged in this way. Raises as `headers_within`."""
+    return sum(isinstance(each, Damaged) and str(each) == how for each in headers_within(folder, header_of))
 
 
 def object_in(path: str | os.PathLike[str]) -> str:

@@ -12,17 +12,18 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
 
 from patchmill.errors import TransientError
 from patchmill.sources.files import failure, files_in
+from patchmill.sources.patience import beat
 
 __all__ = ["NATIVE", "Damaged", "Frames", "Header", "frames_of", "header_of", "levels_of", "levels_within"]
 
@@ -69,6 +70,8 @@ ITEM = b"\xfe\xff\x00\xe0"
 UNDEFINED = 0xFFFF_FFFF  # a length that a delimiter tells
 MOST_HEADER = 64 << 20  # bytes of a header that are read; 10,000 frames of a volume take 10 MB
 MOST_FRAMES = 1 << 24  # of a file; more is damage
+
+T = TypeVar("T")
 
 warnings.filterwarnings("ignore", module=r"pydicom\.")  # they print paths, and what stands in damaged tags
 logging.getLogger("pydicom").disabled = True  # and so does its log
@@ -136,23 +139,33 @@ def levels_of(path: str | os.PathLike[str]) -> tuple[Header, ...]:
 def levels_within(folder: str | os.PathLike[str]) -> dict[str, tuple[Header, ...]]:
     """The level files of every series in a folder, without its subfolders, by series and name.
 
-    A copy of a file counts once. A file that is locked or has a damaged header is left out: nobody knows which series
-    it belongs to, and it fails by itself where it is found or named. Raises OSError where the folder cannot be read
-    or storage fails.
+    A copy of a file counts once. Raises as `headers_within`.
     """
     found: dict[str, dict[str, Header]] = {}
+    for header in headers_within(folder, header_of):
+        if isinstance(header, Header) and header.volume:
+            found.setdefault(header.series, {}).setdefault(header.uid, header)
+    return {series: tuple(headers.values()) for series, headers in found.items()}
+
+
+def headers_within(folder: str | os.PathLike[str], header_of: Callable[[str], T | None]) -> Iterator[T | Damaged]:
+    """The headers of the files in a folder, without its subfolders, by name; of a damaged one what is wrong with it.
+
+    A file that is locked is left out, and by readers one that is damaged: nobody knows which series it belongs to, and
+    it fails by itself where it is found or named. Raises OSError where the folder cannot be read or storage fails.
+    """
     for path in files_in(folder):
+        beat()
         try:
             header = header_of(path)
         except OSError as error:
             if isinstance(failure("", error), TransientError):
                 raise
-        except Damaged:
-            pass
+        except Damaged as error:
+            yield error
         else:
-            if header and header.volume:
-                found.setdefault(header.series, {}).setdefault(header.uid, header)
-    return {series: tuple(headers.values()) for series, headers in found.items()}
+            if header is not None:
+                yield header
 
 
 # ---------------------------------------------------------------------------------------------------------- headers
