@@ -18,7 +18,7 @@ __all__ = ["RunProgress", "counted", "run_progress"]
 
 def outcome_line(outcome: SourceOutcome) -> str:
     """One line about how a source ended, for people."""
-    name = shown(Path(outcome.path).name)
+    name = name_of(outcome.path)
     if outcome.outcome == "complete":
         rate = f", {outcome.embedded / outcome.seconds:.1f} tiles/s" if outcome.embedded and outcome.seconds else ""
         before = ", complete before" if outcome.skipped else ""
@@ -28,6 +28,16 @@ def outcome_line(outcome: SourceOutcome) -> str:
     if outcome.outcome == "empty":
         return f"{name}: no tissue found, complete with 0 tiles"
     return f"{shown(outcome.path)}: {outcome.outcome}: {outcome.wrong}"
+
+
+def name_of(path: str) -> str:
+    """What a source is called: its file, and where that may be the first of a DICOM series its folder too.
+
+    Files of all series are called alike.
+    """
+    file = Path(path)
+    of_series = file.suffix.lower() in ("", ".dcm", ".ima") or file.suffix[1:].isdigit()
+    return shown(f"{file.parent.name}/{file.name}" if of_series else file.name)
 
 
 class RunProgress:
@@ -43,7 +53,7 @@ class RunProgress:
 
     def found(self, refs: tuple[SourceRef, ...]) -> None:
         """All sources of the run are known."""
-        self._names = {ref.id: shown(Path(ref.path).name) for ref in refs}
+        self._names = {ref.id: name_of(ref.path) for ref in refs}
         self._sources = len(refs)
         if self._bars is not None:
             self._total = self._bars.add_task(f"{len(refs)} sources", total=None, rate="")

@@ -321,6 +321,7 @@ def test_what_cannot_be_opened_has_no_say_in_the_intensities(patchmill, embed, t
     ran = embed(tmp_path / "a", series, "--json")
     assert ran.code == 1, ran.err
     assert "intensities ct-soft-tissue, since the modality is CT" in ran.err
+    assert "\nct/slice000: " in ran.err  # since every series has such a file
     outcomes = {Path(each["path"]).name: each for each in json.loads(ran.out)["outcomes"]}
     assert outcomes["slice000"]["outcome"] == "complete"
     assert outcomes["empty.dcm"]["wrong"] == "the file is empty; copy it again"
