@@ -1,14 +1,15 @@
 """The execution gate: does this session, here and at this precision, give what the weights stand for?
 
-A session is judged on 32 real tiles (where it takes HU, made-up slices of CTs) by the fp32 CPU reference: another graph
-of the same weights, in standard operators, which the runtime may not optimise. Runtimes do get graphs wrong: see
-NVIDIA/TensorRT issues 4742, 4723.
+A session is judged on 32 real tiles of what it will see (where it takes HU, made-up slices of CTs) by the fp32 CPU
+reference: another graph of the same weights, in standard operators, which the runtime may not optimise. Runtimes do get
+graphs wrong: see NVIDIA/TensorRT issues 4742, 4723.
 """
 
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Integer
@@ -18,7 +19,7 @@ from patchmill.encoders.graph import Model
 from patchmill.encoders.phantoms import phantoms
 from patchmill.encoders.session import CpuEncoder
 from patchmill.errors import EncoderError
-from patchmill.types import Encoder, EncoderSpec
+from patchmill.types import Encoder, EncoderSpec, View
 
 __all__ = ["THRESHOLDS", "GateReport", "Thresholds", "gate_tiles", "judge", "reference_of", "refusal", "with_whole"]
 
@@ -83,11 +84,30 @@ class GateReport:
         )
 
 
-def gate_tiles(pixels: int, dtype: str = "uint8") -> Integer[np.ndarray, "32 h w 3"]:
-    """The tiles that ship with the package, resized to the view where it is not 224 px; made-up CTs where it is HU."""
-    if dtype == "int16":
+Show = Literal["histology", "mri", "both", "hounsfield"]
+
+
+def shown_to(view: View) -> Show:
+    """What the gate's tiles show to an encoder of a view: what it will see. Image sets may hold anything."""
+    if view.dtype == "int16":
+        return "hounsfield"
+    if view.fit is not None:
+        return "both"
+    return "histology" if view.intensity is None else "mri"
+
+
+def gate_tiles(pixels: int, show: Show = "histology") -> Integer[np.ndarray, "32 h w 3"]:
+    """The tiles that ship with the package, resized to the view where it is not 224 px.
+
+    show: stained tissue, slices of a brain in grey, every other one of both, or made-up slices of CTs in int16 HU.
+    """
+    if show == "hounsfield":
         return phantoms(pixels)
-    with (files("patchmill.encoders") / "tiles" / "histology.jpg").open("rb") as file, Image.open(file) as mosaic:
+    if show == "both":
+        tiles = gate_tiles(pixels, "histology").copy()
+        tiles[1::2] = gate_tiles(pixels, "mri")[1::2]
+        return tiles
+    with (files("patchmill.encoders") / "tiles" / f"{show}.jpg").open("rb") as file, Image.open(file) as mosaic:
         picture = np.asarray(mosaic.convert("RGB"))
     rows, columns = picture.shape[0] // SIDE, picture.shape[1] // SIDE
     tiles = picture.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
@@ -101,7 +121,7 @@ def reference_of(spec: EncoderSpec, model: Model, threads: int | None = None) ->
     """Vectors of the gate's tiles from a reference graph, run as it is written, without optimisation."""
     encoder = CpuEncoder(spec, model, threads, optimise=False)
     try:
-        tiles = gate_tiles(spec.view.pixels, spec.view.dtype)
+        tiles = gate_tiles(spec.view.pixels, shown_to(spec.view))
         return {name: _few(vectors) for name, vectors in encoder(tiles).items()}
     finally:
         encoder.close()
@@ -145,7 +165,7 @@ def with_whole(report: GateReport, encoder: Encoder) -> GateReport:
 
 def _looked_at(encoder: Encoder) -> tuple[bool, bool, float, dict[str, Float[np.ndarray, "32 d"]]]:
     """Whether all is finite; whether a tile gives the same bytes everywhere; tiles per second; vectors of the tiles."""
-    tiles = gate_tiles(encoder.spec.view.pixels, encoder.spec.view.dtype)
+    tiles = gate_tiles(encoder.spec.view.pixels, shown_to(encoder.spec.view))
     full = np.resize(tiles, (max(encoder.batch, len(tiles)), *tiles.shape[1:]))  # over and over, to fill a batch
     encoder(tiles[:4])  # warm up
     start = time.perf_counter()

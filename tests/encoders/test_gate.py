@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchmill.encoders import CpuEncoder, gate_tiles, vit
-from patchmill.encoders.gate import THRESHOLDS, judge, reference_of, refusal
-from patchmill.types import EncoderSpec, View
+from patchmill.encoders.gate import THRESHOLDS, judge, reference_of, refusal, shown_to
+from patchmill.testing.encoders import NullEncoder
+from patchmill.types import EncoderSpec, Intensity, View
 
 TRAINED, UNTRAINED = "0" * 64, "untrained:5"
 SIDE = 64  # pixels per side in most tests: a tenth of the work
@@ -292,15 +293,16 @@ def test_a_coarser_precision_has_to_reach_less():
 # --------------------------------------------------------------------------------------------------------- tiles
 
 
+@pytest.mark.parametrize("show", ["histology", "mri", "both"])
 @pytest.mark.parametrize("pixels", [224, 16, 112, 160, 448])
-def test_tiles_are_the_same_32_pictures_at_every_size(pixels):
-    tiles = gate_tiles(pixels)
+def test_tiles_are_the_same_32_pictures_at_every_size(pixels, show):
+    tiles = gate_tiles(pixels, show)
     assert tiles.shape == (32, pixels, pixels, 3)
     assert tiles.dtype == np.uint8
     assert tiles.flags.c_contiguous
-    assert np.array_equal(tiles, gate_tiles(pixels))
+    assert np.array_equal(tiles, gate_tiles(pixels, show))
     assert len({tile.tobytes() for tile in tiles}) == 32
-    means = [each.reshape(32, -1, 3).mean(axis=1) for each in (tiles, gate_tiles(224))]
+    means = [each.reshape(32, -1, 3).mean(axis=1) for each in (tiles, gate_tiles(224, show))]
     assert np.abs(means[0] - means[1]).max() < 2  # of 255: the same place, not another
 
 
@@ -310,3 +312,33 @@ def test_tiles_have_something_to_tell_apart():
     down, across = (np.abs(np.diff(tiles, axis=axis)).mean(axis=(0, 3, 3 - axis)) for axis in (1, 2))
     # As smooth down as across, and at the edges as inside: no tile reaches over into its neighbour in the mosaic.
     assert max(down.max(), across.max()) < 3 * min(down.min(), across.min())
+
+
+def test_tiles_show_what_the_encoder_will_see():
+    window = Intensity(windows=((0.0, 1.0),))
+    for view, show in (
+        (View(pixels=32), "histology"),
+        (View(pixels=32, intensity=window), "mri"),
+        (View(pixels=32, intensity=window, slab=3), "mri"),
+        (View(pixels=32, fit="pad"), "both"),
+        (View(pixels=32, dtype="int16"), "hounsfield"),
+    ):
+        assert shown_to(view) == show
+    grey = [np.ptp(tile.astype(int), axis=2).max() < 3 for tile in gate_tiles(64, "both")]
+    assert grey == [False, True] * 16
+
+
+class Recording(NullEncoder):
+    """A null encoder that keeps what it is given."""
+
+    def __call__(self, pixels):
+        self.seen = [*getattr(self, "seen", []), pixels]
+        return super().__call__(pixels)
+
+
+def test_an_encoder_of_greys_is_judged_on_greys():
+    encoder = Recording(view=View(pixels=32, intensity=Intensity(windows=((0.0, 1.0),))))
+    wanted = encoder(gate_tiles(32, "mri"))
+    assert judge(encoder, wanted).error_max == 0
+    assert len(encoder.seen) > 2
+    assert all(np.ptp(tiles.astype(int), axis=3).max() < 3 for tiles in encoder.seen)

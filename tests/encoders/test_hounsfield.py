@@ -56,7 +56,7 @@ def slices(count=4):
     """Slices of CTs, and whatever else int16 can hold."""
     rng = np.random.default_rng(0)
     wild = rng.integers(-32768, 32768, (2, SIDE, SIDE, 3)).astype(np.int16)
-    return np.concatenate([gate_tiles(SIDE, "int16")[:count], wild])
+    return np.concatenate([gate_tiles(SIDE, "hounsfield")[:count], wild])
 
 
 def normalised(tiles):
@@ -130,10 +130,10 @@ def test_the_gate_passes_the_true_graph_and_no_other(arch, small_weights):
 
 @pytest.mark.parametrize("pixels", [64, 224])
 def test_slices_of_the_gate_are_the_same_32_bodies_at_every_size(pixels):
-    tiles, large = gate_tiles(pixels, "int16"), gate_tiles(128, "int16")
+    tiles, large = gate_tiles(pixels, "hounsfield"), gate_tiles(128, "hounsfield")
     assert tiles.shape == (32, pixels, pixels, 3)
     assert tiles.dtype == np.int16
-    assert np.array_equal(tiles, gate_tiles(pixels, "int16"))
+    assert np.array_equal(tiles, gate_tiles(pixels, "hounsfield"))
     assert len({tile.tobytes() for tile in tiles}) == 32
     assert np.array_equal(tiles[..., 0], tiles[..., 2])
     assert -1024 <= tiles.min() < -990
