@@ -95,7 +95,7 @@ def ours(path: Path, plane: str) -> float:
     start = time.perf_counter()
     grid, greys = grid_of(volume, "bench"), greys_of(volume, plan, view, "bench")
     batch: UInt8[np.ndarray, "n p p 3"] = np.empty((64, PIXELS, PIXELS, 3), np.uint8)
-    for part in sections(plan, 0, plan.rows, 1):
+    for part in sections(plan, 0, plan.rows, view):
         box = grid.read(volume, part.box)
         coords = plan.coords[part.start : part.stop]
         for run in runs(coords):

@@ -11,7 +11,7 @@ from patchmill.errors import SourceError
 from patchmill.plan.body import Body, body_of
 from patchmill.sources.grids import Box, Grid, grid_of
 from patchmill.sources.sections import box_of
-from patchmill.types import PLANE_AXES, PLANES, Volume, VolumePlan, VolumeSettings
+from patchmill.types import PLANE_AXES, PLANES, View, Volume, VolumePlan, VolumeSettings
 
 __all__ = ["Sections", "chunks_in", "plan_volume", "runs", "sections"]
 
@@ -182,14 +182,14 @@ def places_of(plan: VolumePlan) -> Int32[np.ndarray, "n 4"]:
     return keys
 
 
-def sections(plan: VolumePlan, start: int, stop: int, slab: int) -> Iterator[Sections]:
+def sections(plan: VolumePlan, start: int, stop: int, view: View) -> Iterator[Sections]:
     """What holds rows [start, stop) of a plan, in order; every row is in exactly one."""
     if start == stop:
         return
     keys = places_of(plan)[start:stop]
     cuts = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
     for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), stop - start], strict=True):
-        yield Sections(start + first, start + last, box_of(plan, plan.coords[start + first : start + last], slab))
+        yield Sections(start + first, start + last, box_of(plan, plan.coords[start + first : start + last], view))
 
 
 def runs(coords: Int32[np.ndarray, "n 4"]) -> Iterator[slice]:

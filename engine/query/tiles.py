@@ -84,7 +84,7 @@ def read_slice(
         tissue=np.zeros(1, np.uint8),
     )
     grid = grid_of(volume, source)
-    box = box_of(whole, whole.coords, view.slab)
+    box = box_of(whole, whole.coords, replace(view, pixels=SIDE))
     picture = np.empty((1, SIDE, SIDE, 3), np.uint8)
     cut(grid.read(volume, box), box, whole, whole.coords, view.slab, greys_of(volume, plan, view, source), picture)
     image = Image.fromarray(picture[0])

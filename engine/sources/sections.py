@@ -16,9 +16,9 @@ __all__ = ["Greys", "box_of", "cut", "greys_of"]
 Greys = tuple[Float32[np.ndarray, "3"], Float32[np.ndarray, "3"]]  # factor and summand per channel: to 0..255, or HU
 
 
-def box_of(plan: VolumePlan, coords: Int32[np.ndarray, "n 4"], slab: int) -> Box:
-    """The voxels that tiles of one plane need, with a voxel to each side for interpolation; within the grid."""
-    plane = int(coords[0, 0])
+def box_of(plan: VolumePlan, coords: Int32[np.ndarray, "n 4"], view: View) -> Box:
+    """The voxels that tiles of one plane need; where they are enlarged, one more to each side. Within the grid."""
+    plane, slab = int(coords[0, 0]), view.slab
     low, high = [0, 0, 0], [0, 0, 0]
     for axis, part in zip(PLANE_AXES[plane], (coords[:, 1], coords[:, 2], coords[:, 3]), strict=True):
         size = plan.shape[axis]
@@ -26,8 +26,9 @@ def box_of(plan: VolumePlan, coords: Int32[np.ndarray, "n 4"], slab: int) -> Box
             first, last = int(part.min()) - slab // 2, int(part.max()) + slab // 2 + 1
         else:  # backwards
             ratio = plan.spacing / plan.steps[axis]
-            first = int(np.floor(size - (int(part.max()) + plan.sides[plane]) * ratio)) - 1
-            last = int(np.ceil(size - int(part.min()) * ratio)) + 1
+            beside = int(plan.sides[plane] * ratio < view.pixels)  # between whose centres there is interpolation
+            first = int(np.floor(size - (int(part.max()) + plan.sides[plane]) * ratio)) - beside
+            last = int(np.ceil(size - int(part.min()) * ratio)) + beside
         low[axis], high[axis] = min(max(first, 0), size - 1), max(min(last, size), 1)
     return (low[0], low[1], low[2]), (high[0], high[1], high[2])
 

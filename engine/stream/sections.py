@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,14 +41,14 @@ def embed_sections(
     valid = np.full(shard.rows, VALID_GOOD, np.uint8)
     read, covered = 0, 0.0
     with batcher.shard(shard.rows, label=shard.source) as opened:
-        for part in sections(plan, shard.start, shard.stop, view.slab):
+        for part in sections(plan, shard.start, shard.stop, view):
             read += chunks_in(part.box, grid.in_grid(volume.chunk), grid.shape)
             for rows, box, voxels in readable(volume, grid, plan, view, part, clock):
                 if voxels is None:
                     valid[rows.start - shard.start] = VALID_UNREADABLE
                 coords = plan.coords[rows]
                 for run in runs(coords):
-                    low, high = box_of(plan, coords[run], 1)
+                    low, high = box_of(plan, coords[run], replace(view, slab=1))
                     covered += math.prod(b - a for a, b in zip(low, high, strict=True))
                     start = rows.start - shard.start + run.start
                     for first, out in batcher.slots(opened, start, run.stop - run.start, clock):
@@ -73,7 +74,7 @@ def readable(
         yield slice(part.start, part.stop), part.box, voxels
         return
     for row in range(part.start, part.stop):
-        box = box_of(plan, plan.coords[row : row + 1], view.slab)
+        box = box_of(plan, plan.coords[row : row + 1], view)
         yield slice(row, row + 1), box, read_or_none(volume, grid, box, clock)
 
 

@@ -58,7 +58,7 @@ def tiles(volume, plan, view):
     """All tiles of a plan as a pipeline cuts them."""
     grid, greys = grid_of(volume, "v"), greys_of(volume, plan, view, "v")
     out = np.full((plan.rows, view.pixels, view.pixels, 3), 77, np.uint8)
-    for part in sections(plan, 0, plan.rows, view.slab):
+    for part in sections(plan, 0, plan.rows, view):
         voxels = grid.read(volume, part.box)
         coords = plan.coords[part.start : part.stop]
         for run in runs(coords):
