@@ -12,6 +12,7 @@ from patchmill.kernels.areas import check_areas
 from patchmill.kernels.boxes import box_weights, check
 from patchmill.kernels.compiling import compiled
 from patchmill.kernels.cpu_slices import reslice
+from patchmill.kernels.pixels import add_pixels
 
 __all__ = ["compiled", "pack", "reslice", "tissue_fraction"]
 
@@ -104,11 +105,14 @@ def _shrink(
     pixels, taps = weights.shape
     _, h, w, _ = cells.shape
     flat = cells.reshape(cells.shape[0], h, w * 3)
+    columns = weights.reshape(weights.size)
     side = 0  # input pixels that the last output pixel reaches to
     for k in range(taps):
         if weights[pixels - 1, k] > 0:
             side = first[pixels - 1] + k + 1
-    line = np.empty(side * 3, np.float32)
+    # Weights of 0 may reach behind the last pixel, and pixels are added up four values at a time.
+    line = np.zeros((first[pixels - 1] + taps) * 3 + 1, np.float32)
+    sums = np.empty(pixels * 3 + 1, np.float32)
     half = np.float32(0.5)
     for n in range(len(origins)):
         left, top = origins[n, 0], origins[n, 1]
@@ -136,19 +140,11 @@ def _shrink(
                         for x in range(length):
                             part[x] += weight * np.float32(source[x])
             for j in range(pixels):
-                at = first[j] * 3
-                red, green, blue = np.float32(0), np.float32(0), np.float32(0)
-                for k in range(taps):
-                    weight = weights[j, k]
-                    if weight > 0:
-                        red += weight * line[at]
-                        green += weight * line[at + 1]
-                        blue += weight * line[at + 2]
-                        at += 3
+                add_pixels(line, first[j] * 3, columns, j * taps, taps, sums, j * 3)
+            target = out[n, i].reshape(pixels * 3)
+            for k in range(pixels * 3):
                 # Divided, not multiplied by the inverse: at whole ratios the sums are exact, so a tie stays a tie.
-                out[n, i, j, 0] = np.uint8(red / area + half)
-                out[n, i, j, 1] = np.uint8(green / area + half)
-                out[n, i, j, 2] = np.uint8(blue / area + half)
+                target[k] = np.uint8(sums[k] / area + half)
 
 
 def tissue_fraction(

@@ -1,15 +1,10 @@
 """What becomes of one picture after its codec: 16 bits to 8, transparency on white, and weighted means of pixels."""
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8, UInt16
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from patchmill.kernels.compiling import compiled
+from patchmill.kernels.pixels import add_pixels
 
 __all__ = ["eight_bits", "on_white", "resample"]
 
@@ -78,38 +73,6 @@ def resample(
     _resample(np.ascontiguousarray(pixels), y, rows, x, columns, area, out, *corner)
 
 
-def _sum_of_pixels(_: Any, line: Any, at: Any, weights: Any, first: Any, count: Any, sums: Any, to: Any) -> Any:
-    """Add up `count` neighbouring RGB pixels with weights, a fourth value beside them: three times LLVM's own loop."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        line, at, weights, first, count, sums, to = args
-        source, factors, target = (
-            context.make_array(signature.args[number])(context, builder, array).data
-            for number, array in ((0, line), (2, weights), (5, sums))
-        )
-        four = ir.VectorType(ir.FloatType(), 4)
-
-        def place(array: Any, index: Any) -> Any:
-            return builder.bitcast(builder.gep(array, [index]), four.as_pointer())
-
-        total = cgutils.alloca_once_value(builder, ir.Constant(four, [0.0] * 4))  # type: ignore[no-untyped-call]
-        with cgutils.for_range(builder, count) as loop:
-            pixel = builder.load(place(source, builder.add(at, builder.mul(loop.index, ir.Constant(at.type, 3)))))
-            pixel.align = 4
-            factor = builder.load(builder.gep(factors, [builder.add(first, loop.index)]))
-            factor = builder.insert_element(ir.Constant(four, ir.Undefined), factor, ir.Constant(ir.IntType(32), 0))
-            lanes = ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)
-            factor = builder.shuffle_vector(factor, factor, lanes)
-            builder.store(builder.fadd(builder.load(total), builder.fmul(factor, pixel)), total)
-        builder.store(builder.load(total), place(target, to)).align = 4
-        return context.get_dummy_value()
-
-    return types.void(line, types.intp, weights, types.intp, types.intp, sums, types.intp), generate
-
-
-_add_pixels: Any = intrinsic(_sum_of_pixels)
-
-
 @compiled
 def _resample(
     pixels: UInt8[np.ndarray, "h w c"],
@@ -132,7 +95,7 @@ def _resample(
         _add_rows(flat[:, low : low + length], y[m], rows[m], line)
         for n in range(len(x)):
             if channels == 3:
-                _add_pixels(line, 3 * (x[n] - x[0]), weights, n * taps, taps, sums, 3 * n)
+                add_pixels(line, 3 * (x[n] - x[0]), weights, n * taps, taps, sums, 3 * n)
             else:
                 total = np.float32(0)
                 for j in range(taps):
