@@ -90,18 +90,17 @@ class _Tokens:
         self.plan = plan
         self.read = store.reader(plan_key, encoder_key, TOKEN)
         self.good = store.read_valid(plan_key, encoder_key) == VALID_GOOD
+        self.together = max(1, TOGETHER // self.read(slice(0, 1)).nbytes)  # tiles
 
     def tiles(self, rows: Int64[np.ndarray, " n"]) -> Iterator[tuple[int, Float32[np.ndarray, "g g d"]]]:
         """Row and tokens of each of the rows that are good; neighbours are read together."""
         rows = rows[self.good[rows]]
         if not len(rows):
             return
-        size = self.read(slice(rows[0], rows[0] + 1)).nbytes
-        most = max(1, TOGETHER // size)
         cuts = np.flatnonzero(np.diff(rows) > 1) + 1
         for run in np.split(rows, cuts):
-            for start in range(int(run[0]), int(run[-1]) + 1, most):
-                stop = min(start + most, int(run[-1]) + 1)
+            for start in range(int(run[0]), int(run[-1]) + 1, self.together):
+                stop = min(start + self.together, int(run[-1]) + 1)
                 yield from zip(range(start, stop), self.read(slice(start, stop)).astype(np.float32), strict=True)
 
 

@@ -20,10 +20,10 @@ from patchmill.cluster.driver import Driver, Event
 from patchmill.cluster.journal import Journal, deaths_so_far, left_open
 from patchmill.cluster.local import local_cluster
 from patchmill.cluster.report import STAGES, RunReport, SourceOutcome
-from patchmill.cluster.tasks import PROGRESS, Doors, Job, gate_encoder
+from patchmill.cluster.tasks import PROGRESS, Doors, Job, gate_encoder, has_changed
 from patchmill.encoders import available_cores
 from patchmill.errors import EncoderError, PatchmillError, SourceError, UsageError
-from patchmill.sources import READ_TIMEOUT, READERS, Patience, content_fingerprint
+from patchmill.sources import READ_TIMEOUT, READERS, Patience
 from patchmill.types import (
     EncoderSpec,
     EncodeSettings,
@@ -207,14 +207,11 @@ class _Run:
 
     def _has_changed(self, ref: SourceRef) -> bool:
         """Whether a source is not what was planned, or cannot be read: planning it again then tells."""
-        known = self._archive.source(ref.id).info()["fingerprint"]
         try:
             with Patience(ref.id, self._job.read_timeout) as patience:
-                full = known.startswith("full")
-                now = patience.run(content_fingerprint, ref.path, full=full, source=ref.id, beat=patience.beat)
+                return has_changed(self._archive.source(ref.id), ref, patience)
         except SourceError:
             return True
-        return bool(now != known)
 
     def _recorded(self, spec: EncoderSpec) -> bool:
         """Whether plan and encoder have their records; damaged ones are withdrawn by `verify`, and made again here."""

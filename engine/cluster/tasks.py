@@ -48,6 +48,7 @@ __all__ = [
     "complete_source",
     "embed",
     "gate_encoder",
+    "has_changed",
     "plan_source",
 ]
 
@@ -165,8 +166,7 @@ def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Pati
     """The plan that the store holds; its source must still have the content that was planned."""
     if not store.has_plan(job.plan.key):
         return None
-    fingerprint = store.info()["fingerprint"]
-    if _fingerprint(ref, fingerprint.startswith("full"), patience) != fingerprint:
+    if has_changed(store, ref, patience):
         do = "embed new images as a set of their own" if ref.kind == "images" else "add it under another id"
         raise SourceError(ref.id, "its content has changed since it was planned", do)
     geometry = store.read_plan(job.plan.key)
@@ -175,6 +175,12 @@ def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Pati
         wrong = "its mask or list of tiles has changed since it was planned"
         raise SourceError(ref.id, wrong, "embed it into another archive")
     return geometry
+
+
+def has_changed(store: SourceStore, ref: SourceRef, patience: Patience) -> bool:
+    """Whether a source's content is not that which was planned. Raises SourceError where it cannot be read."""
+    known = str(store.info()["fingerprint"])
+    return _fingerprint(ref, known.startswith("full"), patience) != known
 
 
 def _fingerprint(ref: SourceRef, full: bool, patience: Patience) -> str:
