@@ -14,6 +14,7 @@ from nibabel.orientations import aff2axcodes
 
 from patchmill.errors import SourceError, UsageError
 from patchmill.plan import chunks_in, plan_volume, runs, sections
+from patchmill.plan import volumes as planning
 from patchmill.sources import cut, greys_of, grid_of
 from patchmill.testing.volumes import ArrayVolume, affine_of
 from patchmill.types import PLANE_AXES, PLANES, Intensity, View, VolumeSettings
@@ -385,3 +386,20 @@ def test_the_body_is_found_among_values_not_what_is_stored():
     plan = plan_volume(volume, VolumeSettings(planes=("axial",)), "v")
     assert set(plan.coords[:, 1].tolist()) == set(range(2, 8))
     assert set(plan.quantiles) == {-400.0}
+
+
+def test_boxes_of_thick_slices_hold_the_voxels_beside_their_tiles(monkeypatch):
+    voxels = noise((48, 8, 24))
+    affine = affine_of("RAS", (1.0, 1.0, 3.0))  # a coronal plane is enlarged threefold, along superior
+    settings = VolumeSettings(planes=("coronal",), tile=16, spacing=1.0, tissue="none")
+    view = View(pixels=16, intensity=Intensity(windows=(), scale="stored"))
+    whole = ArrayVolume(voxels, affine)
+    plain = plan_volume(whole, settings, "v")
+    wanted = tiles(whole, plain, view)
+    monkeypatch.setattr(planning, "MOST_BOX", 1)  # one tile a box, whose edges lie amid the volume
+    chunked = ArrayVolume(voxels, affine, chunk=(4, 4, 4))
+    plan = plan_volume(chunked, settings, "v")
+    assert plan.block == 1
+    found = tiles(chunked, plan, view)
+    order = {tuple(place): number for number, place in enumerate(plan.coords.tolist())}
+    assert np.array_equal(found[[order[tuple(place)] for place in plain.coords.tolist()]], wanted)

@@ -2,6 +2,7 @@ import os
 
 import numpy as np
 import pytest
+import zarr
 from PIL import Image
 
 from patchmill.errors import UsageError
@@ -342,3 +343,12 @@ def test_a_name_that_is_no_text_is_told(tmp_path):
         file.write(b"II")
     with pytest.raises(UsageError, match="its name is no UTF-8"):
         find_sources([tmp_path])
+
+
+def test_an_archive_of_ours_below_a_folder_holds_no_sources(tmp_path):
+    archive = tmp_path / "archive"
+    (archive / "sources" / "ab").mkdir(parents=True)
+    (archive / "archive.json").write_text("{}")
+    for name in ("archive/sources/ab/token", "real"):
+        zarr.create_array(tmp_path / name, shape=(2, 4, 4, 8), dtype="float16", chunks=(1, 4, 4, 8))
+    assert names(tmp_path, kind="volume") == ["real"]
