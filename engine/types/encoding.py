@@ -50,6 +50,7 @@ class View:
     dtype: Literal["uint8", "int16"] = "uint8"  # RGB or grey levels; or, of CT volumes alone, HU as they are
     intensity: Intensity | None = None  # of volumes
     slab: int = 1  # of volumes: 3 puts neighbouring slices into the three channels
+    depth: int = 1  # of volumes: slices of a tile that is a box, as far apart as its pixels; 1 is a picture
     fit: Fit | None = None  # of image sets
 
     def __post_init__(self) -> None:
@@ -58,6 +59,8 @@ class View:
             raise UsageError("--intensity", wrong, "leave --intensity and --window out")
         if self.slab not in (1, 3):
             raise UsageError("--slab", f"{self.slab} slices do not fit into three channels", "use 1 or 3")
+        if self.depth > 1 and (self.slab > 1 or self.dtype != "int16"):
+            raise UsageError("--slab", "this encoder takes boxes of Hounsfield units", "leave it out")
         if self.slab == 3 and self.intensity is not None and len(self.intensity.windows) == 3:
             raise UsageError("--slab", "the three channels are three windows already", "use one window, or --slab 1")
 
@@ -65,7 +68,7 @@ class View:
         """Its JSON form. What a slide's view has nothing of is left out, so that its encoders' keys stay."""
         known = asdict(self)
         default = asdict(View())
-        optional = ("intensity", "slab", "fit")
+        optional = ("intensity", "slab", "depth", "fit")
         return {name: value for name, value in known.items() if name not in optional or value != default[name]}
 
     @classmethod
@@ -116,8 +119,9 @@ class EncoderSpec:
 
     @property
     def input(self) -> tuple[int, int, int]:
-        """Shape of one tile as the encoder takes it."""
-        return (self.view.pixels, self.view.pixels, 3)
+        """Shape of one tile as the encoder takes it: rows, columns, channels; of a box slices, rows, columns."""
+        pixels, depth = self.view.pixels, self.view.depth
+        return (pixels, pixels, 3) if depth == 1 else (depth, pixels, pixels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
