@@ -17,6 +17,10 @@ BREACHES = {  # contract -> a module, and what it must not import
     "kernels import nothing of ours": ("patchmill/kernels/planted.py", "patchmill.types"),
     "encoders and the archive never read pixels from files": ("patchmill/encoders/planted.py", "patchmill.sources"),
     "sources never know models": ("patchmill/sources/planted.py", "patchmill.encoders"),
+    "readers of one kind of source know nothing of the others": (
+        "patchmill/sources/volumes/planted.py",
+        "patchmill.sources.slides.tiff",
+    ),
     "the index reads the archive alone": ("patchmill/index/planted.py", "patchmill.sources"),
     "a query embeds and reads tiles, but runs no pipeline": ("patchmill/query/planted.py", "patchmill.stream"),
     "probes read embeddings alone": ("patchmill/probes/planted.py", "patchmill.encoders"),

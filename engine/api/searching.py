@@ -13,7 +13,7 @@ from patchmill.errors import UsageError
 from patchmill.index import IndexReport
 from patchmill.probes import ProbeReport
 from patchmill.query import QueryResult
-from patchmill.sources.picturenpz import labels_of
+from patchmill.sources.images.npz import labels_of
 from patchmill.types import SourceRef
 
 __all__ = ["build_index", "draw_hits", "probe_knn", "query_image", "query_place", "verify"]

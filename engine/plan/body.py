@@ -17,7 +17,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources.grids import Box, Grid
+from patchmill.sources.volumes.grids import Box, Grid
 from patchmill.types import QUANTILES, Volume
 
 __all__ = ["Body", "body_of"]

@@ -9,8 +9,8 @@ from jaxtyping import Float32, Int32
 
 from patchmill.errors import SourceError
 from patchmill.plan.body import Body, body_of
-from patchmill.sources.grids import Box, Grid, grid_of
-from patchmill.sources.sections import box_of
+from patchmill.sources.volumes.grids import Box, Grid, grid_of
+from patchmill.sources.volumes.sections import box_of
 from patchmill.types import PLANE_AXES, PLANES, View, Volume, VolumePlan, VolumeSettings
 
 __all__ = ["Sections", "chunks_in", "plan_volume", "runs", "sections"]

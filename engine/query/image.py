@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from patchmill.errors import UsageError
-from patchmill.sources.pictures import decode_picture
+from patchmill.sources.images.pictures import decode_picture
 from patchmill.types import View
 
 __all__ = ["read_image", "read_member"]

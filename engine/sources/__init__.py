@@ -1,18 +1,18 @@
 """Opening what is embedded: from paths to sources, from a source to pixels. Knows nothing of models."""
 
 from patchmill.sources.catalog import CatalogEntry, find_sources
-from patchmill.sources.cells import CellsByRectangle, read_or_none
 from patchmill.sources.content import content_fingerprint
-from patchmill.sources.dicom import DicomSlide
 from patchmill.sources.files import failure
-from patchmill.sources.grids import Box, Grid, grid_of
-from patchmill.sources.omezarr import OmeZarrSlide
 from patchmill.sources.opening import READERS, open_images, open_slide, open_volume
-from patchmill.sources.openslide import OpenSlideSlide
 from patchmill.sources.patience import READ_TIMEOUT, Patience, PatientImages, PatientSlide, PatientVolume
-from patchmill.sources.sections import box_of, cut, greys_of
+from patchmill.sources.slides.cells import CellsByRectangle, read_or_none
+from patchmill.sources.slides.dicom import DicomSlide
+from patchmill.sources.slides.omezarr import OmeZarrSlide
+from patchmill.sources.slides.openslide import OpenSlideSlide
+from patchmill.sources.slides.tiff import TiffSlide
 from patchmill.sources.staging import stage, unstage
-from patchmill.sources.tiff import TiffSlide
+from patchmill.sources.volumes.grids import Box, Grid, grid_of
+from patchmill.sources.volumes.sections import box_of, cut, greys_of
 
 __all__ = [
     "READERS",

@@ -12,13 +12,14 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from patchmill.errors import UsageError
-from patchmill.sources.dicomseries import SliceHeader, object_in, series_within
-from patchmill.sources.dicomseries import header_of as slice_header_of
+from patchmill.sources.dicomelements import Damaged
 from patchmill.sources.objects import checked_url, is_url
-from patchmill.sources.omezarr import is_ome_zarr
-from patchmill.sources.series import Damaged, Header, header_of, levels_within
-from patchmill.sources.stacks import is_stack
-from patchmill.sources.zarrvolume import claims_to_be_one
+from patchmill.sources.ome import is_ome_zarr
+from patchmill.sources.slides.dicomlevels import Header, header_of, levels_within
+from patchmill.sources.volumes.dicomseries import SliceHeader, object_in, series_within
+from patchmill.sources.volumes.dicomseries import header_of as slice_header_of
+from patchmill.sources.volumes.stacks import is_stack
+from patchmill.sources.volumes.zarr import claims_to_be_one
 from patchmill.types import Kind
 
 __all__ = ["CatalogEntry", "find_sources"]

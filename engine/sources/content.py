@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from patchmill.errors import SourceError
-from patchmill.sources.dicomseries import SliceHeader, series_of
+from patchmill.sources.dicomelements import Damaged
 from patchmill.sources.files import failure
 from patchmill.sources.guardedstore import METADATA, UnsafeError, open_guarded
-from patchmill.sources.itk import beside, header_of
-from patchmill.sources.nifti import image_of
 from patchmill.sources.objects import Objects, is_url, refusal
-from patchmill.sources.omezarr import ATTRIBUTES, is_ome_zarr
-from patchmill.sources.series import Damaged, Header, levels_of
-from patchmill.sources.tiff import Unsupported
-from patchmill.sources.zarrvolume import described
+from patchmill.sources.ome import ATTRIBUTES, is_ome_zarr
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.slides.dicomlevels import Header, levels_of
+from patchmill.sources.volumes.dicomseries import SliceHeader, series_of
+from patchmill.sources.volumes.itk import beside, header_of
+from patchmill.sources.volumes.nifti import image_of
+from patchmill.sources.volumes.zarr import described
 from patchmill.types import SourceRef
 
 __all__ = ["content_fingerprint", "parts"]

@@ -15,7 +15,7 @@ import fsspec
 
 from patchmill.errors import SourceError, UsageError
 from patchmill.sources.files import failure
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.refused import Unsupported
 
 __all__ = ["Objects", "checked_url", "is_url", "refusal"]
 

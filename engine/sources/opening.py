@@ -3,17 +3,18 @@
 from collections.abc import Callable, Mapping
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources.dicom import DicomSlide, Refused
-from patchmill.sources.dicomvolume import DicomVolume
-from patchmill.sources.imageset import ImageSetSource
-from patchmill.sources.itk import ItkVolume
-from patchmill.sources.nifti import NiftiVolume
+from patchmill.sources.images.imageset import ImageSetSource
 from patchmill.sources.objects import is_url
-from patchmill.sources.omezarr import OmeZarrSlide
-from patchmill.sources.openslide import OpenSlideSlide
-from patchmill.sources.stacks import StackVolume
-from patchmill.sources.tiff import TiffSlide, Unsupported
-from patchmill.sources.zarrvolume import ZarrVolume
+from patchmill.sources.refused import Refused, Unsupported
+from patchmill.sources.slides.dicom import DicomSlide
+from patchmill.sources.slides.omezarr import OmeZarrSlide
+from patchmill.sources.slides.openslide import OpenSlideSlide
+from patchmill.sources.slides.tiff import TiffSlide
+from patchmill.sources.volumes.dicom import DicomVolume
+from patchmill.sources.volumes.itk import ItkVolume
+from patchmill.sources.volumes.nifti import NiftiVolume
+from patchmill.sources.volumes.stacks import StackVolume
+from patchmill.sources.volumes.zarr import ZarrVolume
 from patchmill.types import ImageSet, Slide, SourceRef, Volume
 
 __all__ = ["READERS", "open_images", "open_slide", "open_volume"]

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
 from patchmill.errors import SourceError
-from patchmill.sources.cells import CellsByRectangle
 from patchmill.sources.files import check_readable
+from patchmill.sources.slides.cells import CellsByRectangle
 from patchmill.testing.pyramids import write_pyramid
 from patchmill.types import Level, SourceRef
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from patchmill.errors import SourceError
 from patchmill.sources import OpenSlideSlide, TiffSlide, open_slide
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.refused import Unsupported
 from patchmill.types import SourceRef
 
 source, scratch, first, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])

@@ -7,7 +7,7 @@ from PIL import Image
 
 from patchmill.errors import UsageError
 from patchmill.sources import catalog, find_sources
-from patchmill.sources.series import levels_within
+from patchmill.sources.slides.dicomlevels import levels_within
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources import DicomSlide, OpenSlideSlide, open_slide, stage
-from patchmill.sources import dicom as reader
-from patchmill.sources.dicom import Refused
-from patchmill.sources.series import Damaged, header_of, levels_of
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.dicomelements import Damaged
+from patchmill.sources.refused import Refused, Unsupported
+from patchmill.sources.slides import dicom as reader
+from patchmill.sources.slides.dicomlevels import header_of, levels_of
 from patchmill.testing.contracts import SlideContract
 from patchmill.types import SourceRef
 
@@ -536,10 +536,10 @@ def test_a_sibling_whose_storage_fails_is_waited_for_and_a_locked_one_is_passed_
 
         return header
 
-    monkeypatch.setattr("patchmill.sources.series.header_of", failing(errno.EIO))
+    monkeypatch.setattr("patchmill.sources.slides.dicomlevels.header_of", failing(errno.EIO))
     with pytest.raises(TransientError):
         open_slide(ref(two))
-    monkeypatch.setattr("patchmill.sources.series.header_of", failing(errno.EACCES))
+    monkeypatch.setattr("patchmill.sources.slides.dicomlevels.header_of", failing(errno.EACCES))
     assert len(open_slide(ref(two)).levels) == 1
 
 

@@ -27,8 +27,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from patchmill.sources.dicomimage import dicom_picture, is_dicom
-from patchmill.sources.pictures import decode_picture
+from patchmill.sources.images.dicom import dicom_picture, is_dicom
+from patchmill.sources.images.pictures import decode_picture
 
 MOST = 1 << 24
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"

@@ -21,9 +21,9 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources.dicomseries import header_of, series_of, series_within
-from patchmill.sources.dicomvolume import DicomVolume
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.volumes.dicom import DicomVolume
+from patchmill.sources.volumes.dicomseries import header_of, series_of, series_within
 from patchmill.types import SourceRef, Volume
 
 _spec = importlib.util.spec_from_file_location("dicom_volumes", Path(__file__).with_name("dicom_volumes.py"))
@@ -793,7 +793,7 @@ def test_a_length_that_lies_takes_no_memory(tmp_path):
 
 def test_no_more_of_a_header_is_read_than_there_may_be(tmp_path, monkeypatch):
     path = made.write_enhanced(tmp_path / "a.dcm")
-    monkeypatch.setattr("patchmill.sources.series.Bounded.left", 9000)
+    monkeypatch.setattr("patchmill.sources.dicomelements.Bounded.left", 9000)
     refused(path, "its header is too long")
 
 

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources import picturefolder, picturetar
-from patchmill.sources.imageset import ImageSetSource
-from patchmill.sources.picturenpz import labels_of
+from patchmill.sources.images import folder as picturefolder
+from patchmill.sources.images import tar as picturetar
+from patchmill.sources.images.imageset import ImageSetSource
+from patchmill.sources.images.npz import labels_of
 from patchmill.types import ImageSet, SourceRef
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchmill.errors import SourceError
-from patchmill.sources.itk import ItkVolume
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.volumes.itk import ItkVolume
 from patchmill.types import SourceRef, Volume
 
 SERVED = {"u1": "u1", "i2": "i2", "u2": "u2", "i1": "i2"}
@@ -479,7 +479,7 @@ def test_files_that_are_none(tmp_path):
 
 
 def test_simpleitk_is_imported_when_it_is_needed():
-    code = "import sys, patchmill.sources.itk; print(bool({'SimpleITK', 'nibabel'} & sys.modules.keys()))"
+    code = "import sys, patchmill.sources.volumes.itk; print(bool({'SimpleITK', 'nibabel'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -491,9 +491,9 @@ import gzip, json, resource, signal, sys
 from pathlib import Path
 import numpy as np
 from patchmill.errors import SourceError
-from patchmill.sources.itk import ItkVolume
-from patchmill.sources.nifti import NiftiVolume
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.volumes.itk import ItkVolume
+from patchmill.sources.volumes.nifti import NiftiVolume
+from patchmill.sources.refused import Unsupported
 from patchmill.types import SourceRef
 
 source, scratch, copies = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

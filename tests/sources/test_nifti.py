@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources import nifti, storedvoxels
-from patchmill.sources.nifti import NiftiVolume
 from patchmill.sources.patience import Patience
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.volumes import nifti, storedvoxels
+from patchmill.sources.volumes.nifti import NiftiVolume
 from patchmill.types import SourceRef, Volume
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

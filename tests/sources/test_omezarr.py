@@ -15,8 +15,8 @@ import zarr
 from patchmill.cli import main
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources import OmeZarrSlide, content_fingerprint, find_sources, open_slide, stage
-from patchmill.sources.omezarr import is_ome_zarr
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.ome import is_ome_zarr
+from patchmill.sources.refused import Unsupported
 from patchmill.testing.contracts import SlideContract
 from patchmill.testing.slides import FormulaSlide
 from patchmill.types import SourceRef

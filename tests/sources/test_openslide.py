@@ -10,7 +10,7 @@ from PIL import Image
 
 from patchmill import sources
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources.openslide import OpenSlideSlide, lay_on_white, metadata_of, mpp_of
+from patchmill.sources.slides.openslide import OpenSlideSlide, lay_on_white, metadata_of, mpp_of
 from patchmill.testing.contracts import SlideContract
 from patchmill.testing.slides import ArraySlide, FormulaSlide, write_pyramid
 from patchmill.types import SourceRef

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from patchmill.kernels import reference
-from patchmill.sources import pictures
-from patchmill.sources.pictures import MAX_PIXELS, axis, decode_picture, fit_picture, picture_of
+from patchmill.sources.images import pictures
+from patchmill.sources.images.pictures import MAX_PIXELS, axis, decode_picture, fit_picture, picture_of
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 FITS = ("crop", "pad", "stretch")
@@ -237,7 +237,7 @@ def test_bombs_and_damaged_tags_write_nothing_to_stderr(tmp_path):
     for number, data in enumerate((png(10_000, 10_000, 8, 2, b""), png(20_000, 20_000, 8, 2, b""), bytes(damaged))):
         (tmp_path / str(number)).write_bytes(data)
     code = (
-        "import sys, pathlib, numpy; from patchmill.sources.pictures import decode_picture\n"
+        "import sys, pathlib, numpy; from patchmill.sources.images.pictures import decode_picture\n"
         "out = numpy.empty((8, 8, 3), numpy.uint8)\n"
         "files = sorted(pathlib.Path(sys.argv[1]).iterdir())\n"
         "print([decode_picture(file.read_bytes(), 'crop', out) for file in files])"

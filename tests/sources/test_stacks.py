@@ -19,8 +19,8 @@ from PIL import Image
 
 from patchmill.errors import SourceError
 from patchmill.sources import scratch
-from patchmill.sources.stacks import StackVolume, is_stack
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.volumes.stacks import StackVolume, is_stack
 from patchmill.types import SourceRef, Volume
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "em-fib25-medulla-250.zip"

@@ -12,7 +12,8 @@ from PIL import Image
 
 from patchmill.errors import SourceError
 from patchmill.sources import OpenSlideSlide, TiffSlide, open_slide
-from patchmill.sources.tiff import Unsupported, decode_jpeg
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.slides.tiff import decode_jpeg
 from patchmill.testing.contracts import SlideContract
 from patchmill.testing.slides import FormulaSlide, write_pyramid
 from patchmill.types import SourceRef

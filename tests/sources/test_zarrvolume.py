@@ -20,8 +20,8 @@ from PIL import Image
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources.tiff import Unsupported
-from patchmill.sources.zarrvolume import ZarrVolume, claims_to_be_one
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.volumes.zarr import ZarrVolume, claims_to_be_one
 from patchmill.types import SourceRef, Volume
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "em-fib25-medulla-250.zip"

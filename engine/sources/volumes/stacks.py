@@ -18,7 +18,10 @@ import tifffile
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import failure
-from patchmill.sources.greypictures import (
+from patchmill.sources.patience import beat
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.scratch import spooled
+from patchmill.sources.volumes.greypictures import (
     DamagedError,
     Picture,
     Voxels,
@@ -28,12 +31,9 @@ from patchmill.sources.greypictures import (
     regular,
     told,
 )
-from patchmill.sources.patience import beat
-from patchmill.sources.scratch import spooled
-from patchmill.sources.tiff import Unsupported
-from patchmill.sources.tiffpages import decode_tiff, tiff_picture
-from patchmill.sources.tiffstacks import Stack, check_size, tiff_stack
-from patchmill.sources.zarrvolume import affine_of, kept_as, spacing_of
+from patchmill.sources.volumes.tiffpages import decode_tiff, tiff_picture
+from patchmill.sources.volumes.tiffstacks import Stack, check_size, tiff_stack
+from patchmill.sources.volumes.zarr import affine_of, kept_as, spacing_of
 from patchmill.types import SourceRef
 
 __all__ = ["StackVolume", "is_stack"]

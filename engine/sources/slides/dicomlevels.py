@@ -8,29 +8,38 @@ and nothing else of them is read.
 """
 
 import io
-import logging
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
 
-from patchmill.errors import TransientError
-from patchmill.sources.files import failure, files_in
-from patchmill.sources.patience import beat
+from patchmill.sources.dicomelements import (
+    HEAD,
+    ITEM,
+    NATIVE,
+    PIXELS,
+    STORED_CLASS,
+    SYNTAX,
+    Bounded,
+    Damaged,
+    headers_within,
+    items,
+    raw,
+    read_until,
+    runs,
+    tag_in,
+    uid_in,
+    value,
+)
 
-__all__ = ["NATIVE", "Damaged", "Frames", "Header", "frames_of", "header_of", "levels_of", "levels_within"]
+__all__ = ["Frames", "Header", "frames_of", "header_of", "levels_of", "levels_within"]
 
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # the class of objects: VL Whole Slide Microscopy Image
-NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")  # transfer syntaxes without compression; the first has no types
-BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
-HEAD = 8192  # bytes of a file among which its class is told
 TAG = {
     "ImageType": 0x0008_0008,
     "SOPClassUID": 0x0008_0016,
@@ -61,24 +70,10 @@ TAG = {
     "SharedFunctionalGroupsSequence": 0x5200_9229,
 }
 OBJECTIVE_POWER, PIXEL_MEASURES, PIXEL_SPACING = 0x0048_0112, 0x0028_9110, 0x0028_0030  # within sequences
-STORED_CLASS, SYNTAX = 0x0002_0002, 0x0002_0010  # before the data set
 PER_FRAME, PLANE_POSITION, COLUMN, ROW = 0x5200_9230, 0x0048_021A, 0x0048_021E, 0x0048_021F
-OFFSETS, PIXELS = 0x7FE0_0001, 0x7FE0_0010
+OFFSETS = 0x7FE0_0001
 PLACE = re.compile(rb"\x48\x00\x1e\x02SL\x04\x00(.{4})\x48\x00\x1f\x02SL\x04\x00(.{4})", re.DOTALL)  # COLUMN, ROW
-UID = re.compile(r"[0-9]+(\.[0-9]+)*")
-ITEM = b"\xfe\xff\x00\xe0"
-UNDEFINED = 0xFFFF_FFFF  # a length that a delimiter tells
-MOST_HEADER = 64 << 20  # bytes of a header that are read; 10,000 frames of a volume take 10 MB
 MOST_FRAMES = 1 << 24  # of a file; more is damage
-
-T = TypeVar("T")
-
-warnings.filterwarnings("ignore", module=r"pydicom\.")  # they print paths, and what stands in damaged tags
-logging.getLogger("pydicom").disabled = True  # and so does its log
-
-
-class Damaged(Exception):  # noqa: N818 - what it is, as everywhere here
-    """A header that cannot be read or contradicts itself; the text says how, and quotes nothing of the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,40 +143,7 @@ def levels_within(folder: str | os.PathLike[str]) -> dict[str, tuple[Header, ...
     return {series: tuple(headers.values()) for series, headers in found.items()}
 
 
-def headers_within(folder: str | os.PathLike[str], header_of: Callable[[str], T | None]) -> Iterator[T | Damaged]:
-    """The headers of the files in a folder, without its subfolders, by name; of a damaged one what is wrong with it.
-
-    A file that is locked is left out, and by readers one that is damaged: nobody knows which series it belongs to, and
-    it fails by itself where it is found or named. Raises OSError where the folder cannot be read or storage fails.
-    """
-    for path in files_in(folder):
-        beat()
-        try:
-            header = header_of(path)
-        except OSError as error:
-            if isinstance(failure("", error), TransientError):
-                raise
-        except Damaged as error:
-            yield error
-        else:
-            if header is not None:
-                yield header
-
-
 # ---------------------------------------------------------------------------------------------------------- headers
-
-
-class Bounded(io.BufferedReader):
-    """A file of which no more is read than a header may have, whatever lengths it tells of."""
-
-    left = MOST_HEADER
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Raises Damaged where that is too much, or everything."""
-        if size is None or not 0 <= size <= self.left:
-            raise Damaged("its header is too long")
-        self.left -= size
-        return super().read(size)
 
 
 def header_of(path: str | os.PathLike[str]) -> Header | None:
@@ -249,57 +211,6 @@ def header_from(data: Any, path: str, stamp: tuple[int, int], syntax: str) -> He
     )
 
 
-def read_until(file: BinaryIO, start: int, end: int, tags: Iterable[int]) -> tuple[Any, Any]:
-    """What a file says of itself, and the data set of these tags before the tag `end`, where the file stands then.
-
-    start: the first byte after DICM. A deflated data set is not read: it may unpack to any size. Raises Damaged, and
-    what pydicom raises.
-    """
-    from pydicom.filereader import read_dataset  # takes 0.2 s to import, and most archives hold no DICOM
-
-    file.seek(start)
-    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: int(tag) >> 16 != 2)
-    syntax = value(meta, SYNTAX)
-    if syntax == DEFLATED:
-        raise Damaged("it is deflated")
-    here, typed = file.tell(), file.read(6)[4:].isalpha()  # as pydicom finds it out, with a warning
-    file.seek(here)
-    data = read_dataset(
-        file,
-        not typed,
-        syntax != BIG_ENDIAN,
-        stop_when=lambda tag, vr, length: int(tag) >= end,
-        specific_tags=list(tags),
-    )
-    return meta, data
-
-
-def uid_in(data: Any, name: str) -> str:
-    """A UID by its name. Raises Damaged if it is absent or none, for sources and copies of files bear it."""
-    found = text(data, name)
-    if not UID.fullmatch(found):
-        raise Damaged(f"its {name} is no UID" if raw(data, TAG[name]).strip(b" \0") else f"it has no {name}")
-    return found
-
-
-def raw(data: Any, tag: int) -> bytes:
-    """The bytes of an element as the file has them, which pydicom has no opinion on; none if it is absent."""
-    element = data.get_item(tag)
-    found = element.value if element is not None else None
-    return found if isinstance(found, bytes) else b""
-
-
-def value(data: Any, tag: int) -> str:
-    """The text of an element, "" if it is absent or no text."""
-    return printable(raw(data, tag).decode("ascii", "replace"))
-
-
-def printable(found: str) -> str:
-    """A text without its padding; "" for what would break a line."""
-    found = found.strip(" \0")
-    return found if found.isprintable() else ""
-
-
 def text(data: Any, name: str) -> str:
     """`value` by name."""
     return value(data, TAG[name])
@@ -308,11 +219,6 @@ def text(data: Any, name: str) -> str:
 def number(data: Any, name: str) -> int:
     """An unsigned whole number of 16 or 32 bits, 0 if it is absent."""
     return int.from_bytes(raw(data, TAG[name])[:4], "little")
-
-
-def items(data: Any, tag: int) -> list[Any]:
-    """The data sets in a sequence, none if it is absent."""
-    return list(data[tag].value) if tag in data else []
 
 
 # ----------------------------------------------------------------------------------------------------------- frames
@@ -374,17 +280,3 @@ def encoded_frames(
             raise Damaged("its items and frames do not match")
         offsets, end = np.array([begin for begin, _ in found], np.int64), found[-1][1]
     return offsets, np.diff(offsets, append=end)
-
-
-def runs(file: BinaryIO, start: int) -> Iterator[tuple[int, int]]:
-    """First byte and one past the last of each item from there on, until something else follows."""
-    file.seek(start)
-    while (head := file.read(8))[:4] == ITEM and len(head) == 8:
-        end = start + 8 + int.from_bytes(head[4:], "little")
-        yield start, end
-        start = file.seek(end)
-
-
-def tag_in(head: bytes) -> int:
-    """The tag that an element begins with."""
-    return int.from_bytes(head[:2], "little") << 16 | int.from_bytes(head[2:4], "little")

@@ -19,7 +19,7 @@ import numpy as np
 import simplejpeg
 from jaxtyping import Float64, Int32, Int64, UInt8
 
-from patchmill.sources.series import Damaged
+from patchmill.sources.dicomelements import Damaged
 
 __all__ = ["dicom_picture", "is_dicom", "whole_jpeg"]
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
 from patchmill.kernels.pictures import eight_bits, on_white, resample
-from patchmill.sources.dicomimage import dicom_picture, is_dicom, whole_jpeg
+from patchmill.sources.images.dicom import dicom_picture, is_dicom, whole_jpeg
 from patchmill.types import Fit
 
 __all__ = ["MAX_PIXELS", "decode_picture", "fit_picture", "picture_of"]

@@ -22,12 +22,14 @@ import tifffile
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from patchmill.errors import SourceError
-from patchmill.sources.cells import read_cells, whiten_outside
 from patchmill.sources.files import check_readable, failure
-from patchmill.sources.openslide import Facts, facts_of
+from patchmill.sources.ome import SYMBOLS
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.slides.cells import read_cells, whiten_outside
+from patchmill.sources.slides.openslide import Facts, facts_of
 from patchmill.types import Level, SourceRef
 
-__all__ = ["ADOBE", "JPEG", "TiffSlide", "Unsupported"]
+__all__ = ["ADOBE", "JPEG", "TiffSlide"]
 
 tifffile.logger().setLevel(logging.CRITICAL)  # what is wrong with a file is told once, by us
 
@@ -41,13 +43,8 @@ ADOBE = {  # the marker that tells libjpeg which colours the stream holds
     RGB: b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00",
     YCBCR: b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01",
 }
-UNITS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3}  # of OME's PhysicalSize, in micrometres
 
 Decode = Callable[[memoryview, int, UInt8[np.ndarray, "h w 3"], int], bool]  # encoded, number of the tile, out, shrink
-
-
-class Unsupported(Exception):  # noqa: N818 - no failure: another reader takes the file
-    """The file is none that this reader decodes exactly; the text says what it lacks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,7 +206,8 @@ def ome_facts(opened: tifffile.TiffFile, pages: Sequence[Any], ref: SourceRef) -
         facts = (images[0] if isinstance(images, list) else images)["Pixels"]
         try:
             x, y = (
-                float(facts[f"PhysicalSize{axis}"]) * UNITS[facts.get(f"PhysicalSize{axis}Unit", "µm")] for axis in "XY"
+                float(facts[f"PhysicalSize{axis}"]) * SYMBOLS[facts.get(f"PhysicalSize{axis}Unit", "µm")]
+                for axis in "XY"
             )
         except KeyError as error:
             raise SourceError(ref.id, "it has no mpp", "give µm per pixel with --mpp-override or a catalog") from error

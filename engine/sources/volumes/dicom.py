@@ -23,8 +23,11 @@ import numpy as np
 import simplejpeg
 
 from patchmill.errors import SourceError
-from patchmill.sources.dicom import content
-from patchmill.sources.dicomseries import (
+from patchmill.sources.dicomelements import BIG_ENDIAN, UID, UNDEFINED, Damaged, content, runs
+from patchmill.sources.files import check_readable, failure
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.scratch import spooled
+from patchmill.sources.volumes.dicomseries import (
     AGAIN,
     SliceHeader,
     Stack,
@@ -34,10 +37,6 @@ from patchmill.sources.dicomseries import (
     series_within,
     stack_of,
 )
-from patchmill.sources.files import check_readable, failure
-from patchmill.sources.scratch import spooled
-from patchmill.sources.series import BIG_ENDIAN, UID, UNDEFINED, Damaged, runs
-from patchmill.sources.tiff import Unsupported
 from patchmill.types import SourceRef
 
 __all__ = ["DicomVolume"]

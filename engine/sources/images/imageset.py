@@ -16,11 +16,11 @@ from jaxtyping import Bool, UInt8
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import failure
-from patchmill.sources.holding import Unreadable
-from patchmill.sources.picturefolder import folder
-from patchmill.sources.picturenpz import is_zip, npz
-from patchmill.sources.pictures import decode_picture, fit_picture
-from patchmill.sources.picturetar import tar
+from patchmill.sources.images.folder import folder
+from patchmill.sources.images.holding import Unreadable
+from patchmill.sources.images.npz import is_zip, npz
+from patchmill.sources.images.pictures import decode_picture, fit_picture
+from patchmill.sources.images.tar import tar
 from patchmill.types import Fit, SourceRef
 
 __all__ = ["ImageSetSource"]

@@ -10,12 +10,12 @@ import numpy as np
 import tifffile
 
 from patchmill.errors import SourceError
-from patchmill.sources.greypictures import DAMAGED, DamagedError, Picture, Voxels, bytes_of, regular, told
 from patchmill.sources.patience import beat
-from patchmill.sources.tiff import Unsupported
-from patchmill.sources.tiffaxes import layout_of
-from patchmill.sources.tiffpages import Page, decode_page, directories, grey, is_plain, page_of
-from patchmill.sources.zarrvolume import frame_of
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.volumes.greypictures import DAMAGED, DamagedError, Picture, Voxels, bytes_of, regular, told
+from patchmill.sources.volumes.tiffaxes import layout_of
+from patchmill.sources.volumes.tiffpages import Page, decode_page, directories, grey, is_plain, page_of
+from patchmill.sources.volumes.zarr import frame_of
 from patchmill.types import SourceRef
 
 __all__ = ["Stack", "check_size", "tiff_stack"]

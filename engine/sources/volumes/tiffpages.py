@@ -8,7 +8,7 @@ import numpy as np
 import tifffile
 from jaxtyping import Int64
 
-from patchmill.sources.greypictures import WRONG_PICTURES, DamagedError, Picture, Voxels
+from patchmill.sources.volumes.greypictures import WRONG_PICTURES, DamagedError, Picture, Voxels
 
 __all__ = [
     "MOST_PAGES",

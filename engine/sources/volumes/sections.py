@@ -8,7 +8,7 @@ from jaxtyping import Float32, Int32, Integer
 from patchmill.errors import SourceError
 from patchmill.kernels import reslice
 from patchmill.kernels.slices import axis_weights
-from patchmill.sources.grids import Box
+from patchmill.sources.volumes.grids import Box
 from patchmill.types import PLANE_AXES, QUANTILES, View, Volume, VolumePlan
 
 __all__ = ["Greys", "box_of", "cut", "greys_of"]

@@ -4,9 +4,7 @@ Source: the OME-NGFF specification, versions 0.4 (attributes in `.zattrs`) and 0
 are 8-bit images of three channels with one time and one plane. A chunk that is not there has the array's fill value.
 """
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +14,17 @@ import zarr
 from jaxtyping import UInt8
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources.cells import CellsByRectangle
-from patchmill.sources.dicom import Refused
 from patchmill.sources.files import failure
 from patchmill.sources.guardedstore import UnsafeError, open_guarded
-from patchmill.sources.objects import Objects
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.ome import MOST_SIDE, UNITS, inside, multiscale
+from patchmill.sources.refused import Refused, Unsupported
+from patchmill.sources.slides.cells import CellsByRectangle
 from patchmill.types import Level, SourceRef
 
-__all__ = ["ATTRIBUTES", "OmeZarrSlide", "is_ome_zarr"]
+__all__ = ["OmeZarrSlide"]
 
-ATTRIBUTES = ("zarr.json", ".zattrs")  # where a group's attributes are
-MOST_ATTRIBUTES = 16 << 20  # bytes
 MOST_LEVELS = 64
-MOST_SIDE, MOST_PIXELS = 10**7, 10**12  # of a level
-UNITS = {"millimeter": 1e3, "micrometer": 1.0, "nanometer": 1e-3, "meter": 1e6, "centimeter": 1e4}  # in micrometres
+MOST_PIXELS = 10**12  # of a level
 ANISOTROPY = 0.05  # as of other slides
 
 
@@ -93,47 +87,6 @@ class OmeZarrSlide(CellsByRectangle):
 
     def close(self) -> None:
         """Nothing is held open between two reads."""
-
-
-def inside(folder: str, path: str) -> Path:
-    """A level's folder. Raises Unsupported where a link leads out of the slide."""
-    level = Path(folder) / path
-    if Path(os.path.realpath(folder)) not in Path(os.path.realpath(level)).parents:
-        raise Unsupported("a level outside its folder")
-    return level
-
-
-def is_ome_zarr(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a Zarr group that holds an OME-NGFF image."""
-    try:
-        multiscale(os.fspath(path))
-    except Unsupported:
-        return False
-    return True
-
-
-def multiscale(path: str | Objects) -> Mapping[str, Any]:
-    """The first image that a folder's attributes describe. Raises Unsupported where there is none.
-
-    Raises OSError where an object store fails; a file that cannot be read is none.
-    """
-    for name in ATTRIBUTES:
-        text = path.document(name) if isinstance(path, Objects) else b""
-        try:
-            if not isinstance(path, Objects):
-                file = Path(path) / name
-                if file.is_file() and file.stat().st_size <= MOST_ATTRIBUTES:
-                    text = file.read_bytes()
-            if not text:
-                continue
-            attributes = json.loads(text)
-            attributes = attributes.get("attributes", attributes)
-            (image, *_) = attributes.get("ome", attributes)["multiscales"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-        if isinstance(image, dict):
-            return image
-    raise Unsupported("no OME-Zarr image")
 
 
 def levels_of(axes: Sequence[str], arrays: Sequence[Any]) -> tuple[Level, ...]:

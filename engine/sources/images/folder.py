@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from patchmill.sources.holding import (
+from patchmill.sources.images.holding import (
     EVERY,
     MOST_BYTES,
     MOST_IMAGES,

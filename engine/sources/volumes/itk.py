@@ -19,9 +19,9 @@ from jaxtyping import Float64
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import check_readable, failure
-from patchmill.sources.nifti import check_affine, frame_of
-from patchmill.sources.storedvoxels import Layout, StoredVoxels
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.volumes.nifti import check_affine, frame_of
+from patchmill.sources.volumes.storedvoxels import Layout, StoredVoxels
 from patchmill.types import SourceRef
 
 __all__ = ["ItkVolume"]

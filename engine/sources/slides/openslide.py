@@ -17,8 +17,8 @@ import openslide
 from jaxtyping import UInt8
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources.cells import CellsByRectangle
 from patchmill.sources.files import check_readable
+from patchmill.sources.slides.cells import CellsByRectangle
 from patchmill.types import Level, SourceRef
 
 __all__ = ["Facts", "OpenSlideSlide", "facts_of", "metadata_of", "resolution"]

@@ -26,8 +26,8 @@ from patchmill.errors import SourceError, TransientError
 from patchmill.sources.files import failure
 from patchmill.sources.guardedstore import UnsafeError, open_guarded
 from patchmill.sources.objects import Objects, is_url, refusal
-from patchmill.sources.omezarr import MOST_ATTRIBUTES, MOST_SIDE, UNITS, inside, is_ome_zarr, multiscale
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.ome import MOST_ATTRIBUTES, MOST_SIDE, UNITS, inside, is_ome_zarr, multiscale
+from patchmill.sources.refused import Unsupported
 from patchmill.types import SourceRef
 
 __all__ = ["ZarrVolume", "affine_of", "claims_to_be_one", "frame_of", "kept_as", "spacing_of"]

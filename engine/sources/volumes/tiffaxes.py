@@ -14,9 +14,9 @@ import numpy as np
 import tifffile
 
 from patchmill.errors import SourceError
-from patchmill.sources.greypictures import DamagedError
-from patchmill.sources.tiff import UNITS
-from patchmill.sources.tiffpages import MOST_PAGES
+from patchmill.sources.ome import SYMBOLS
+from patchmill.sources.volumes.greypictures import DamagedError
+from patchmill.sources.volumes.tiffpages import MOST_PAGES
 from patchmill.types import SourceRef
 
 __all__ = ["Layout", "layout_of"]
@@ -77,7 +77,7 @@ def ome_layout(xml: str, ref: SourceRef) -> Layout:
         pages |= {plane + n: ifd + n for n in range(number)}
     sizes = [
         float(pixels.get(f"PhysicalSize{axis}", "nan"))
-        * UNITS.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), math.nan)
+        * SYMBOLS.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), math.nan)
         / 1000
         for axis in "XYZ"
     ]
@@ -102,7 +102,7 @@ def imagej_layout(opened: tifffile.TiffFile, count: int) -> Layout:
     unit = str(facts.get("unit", ""))
     units = [unit, str(facts.get("yunit", unit)), str(facts.get("zunit", unit))]
     steps = [step_in(opened, "XResolution"), step_in(opened, "YResolution"), float(facts.get("spacing", math.nan))]
-    sizes = [step * UNITS.get(plain_unit(each), math.nan) / 1000 for step, each in zip(steps, units, strict=True)]
+    sizes = [step * SYMBOLS.get(plain_unit(each), math.nan) / 1000 for step, each in zip(steps, units, strict=True)]
     return Layout(tuple(zip(reversed(order), shape, strict=True)), None, told_spacing(sizes))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import BinaryIO
 
-from patchmill.sources.holding import (
+from patchmill.sources.images.holding import (
     DAMAGED,
     EVERY,
     MOST_BYTES,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import failure
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.refused import Unsupported
 from patchmill.types import SourceRef
 
 __all__ = [

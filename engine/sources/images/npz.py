@@ -15,9 +15,9 @@ from jaxtyping import UInt8
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import failure
-from patchmill.sources.holding import DAMAGED, MOST_IMAGES, TOO_MANY, Holding, Unreadable
+from patchmill.sources.images.holding import DAMAGED, MOST_IMAGES, TOO_MANY, Holding, Unreadable
+from patchmill.sources.images.pictures import MAX_PIXELS
 from patchmill.sources.patience import beat
-from patchmill.sources.pictures import MAX_PIXELS
 from patchmill.sources.scratch import spooled
 from patchmill.types import SourceRef
 

@@ -22,14 +22,16 @@ import simplejpeg
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from patchmill.errors import SourceError
-from patchmill.sources.cells import read_cells, whiten_outside
+from patchmill.sources.dicomelements import NATIVE, Damaged, content
 from patchmill.sources.files import check_readable, failure
-from patchmill.sources.openslide import metadata_of, resolution
-from patchmill.sources.series import NATIVE, Damaged, Frames, Header, frames_of, header_of, levels_of
-from patchmill.sources.tiff import ADOBE, MOST_SIDE, RGB, YCBCR, File, Unsupported, decode_jpeg
+from patchmill.sources.refused import Refused, Unsupported
+from patchmill.sources.slides.cells import read_cells, whiten_outside
+from patchmill.sources.slides.dicomlevels import Frames, Header, frames_of, header_of, levels_of
+from patchmill.sources.slides.openslide import metadata_of, resolution
+from patchmill.sources.slides.tiff import ADOBE, MOST_SIDE, RGB, YCBCR, File, decode_jpeg
 from patchmill.types import Level, SourceRef
 
-__all__ = ["DicomSlide", "Refused"]
+__all__ = ["DicomSlide"]
 
 JPEG = "1.2.840.10008.1.2.4.50"  # transfer syntaxes; not RLE, on whose damage imagecodecs 2026.3.6 crashes
 JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
@@ -42,13 +44,8 @@ DECODED = {  # transfer syntax -> photometric interpretations
 MOST_CELLS = 1 << 24  # of a level; more is damage
 AMBIGUOUS = ("several focal planes or optical paths", "use a series with one of each, or try --reader openslide")
 WHITE = memoryview(b"")  # what is fetched of a frame that is left out
-ITEM = b"\xfe\xff\x00\xe0"
 
 Decode = Callable[[memoryview, UInt8[np.ndarray, "h w 3"], int], bool]  # fetched, out, shrink
-
-
-class Refused(Unsupported):
-    """The file is a DICOM whole-slide image, but not of a kind that this reader decodes exactly."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -280,16 +277,6 @@ def decoder_of(level: Header, frames: Frames) -> Decode:
         sample = next(iter(File(level.path).read(frames.offsets[:1], frames.lengths[:1])))
         return jpeg_decoder(COLOURS[level.photometric], content(sample) if sample else None)
     return jpeg_2000 if level.syntax in JPEG_2000 else native_decoder(level.planar)
-
-
-def content(items: memoryview) -> bytes | None:
-    """What the items of one frame hold, one behind the other; None if they are damaged."""
-    found, at = [], 0
-    while items[at : at + 4] == ITEM:
-        end = at + 8 + int.from_bytes(items[at + 4 : at + 8], "little")
-        found.append(items[at + 8 : end])
-        at = end
-    return b"".join(found) if found and at == len(items) else None
 
 
 def jpeg_decoder(colours: int, sample: bytes | None) -> Decode:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from patchmill.errors import SourceError
-from patchmill.sources.series import (
+from patchmill.sources.dicomelements import (
     HEAD,
     NATIVE,
     PIXELS,

@@ -16,8 +16,8 @@ from jaxtyping import Float64
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import check_readable, failure
-from patchmill.sources.storedvoxels import COPY, EITHER, READ, Layout, Place, StoredVoxels, Voxels
-from patchmill.sources.tiff import Unsupported
+from patchmill.sources.refused import Unsupported
+from patchmill.sources.volumes.storedvoxels import COPY, EITHER, READ, Layout, Place, StoredVoxels, Voxels
 from patchmill.types import SourceRef
 
 __all__ = ["NiftiVolume", "check_affine", "frame_of"]

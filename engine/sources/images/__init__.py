@@ -1,0 +1,1 @@
+"""Image sets: folders, tars and arrays of pictures, behind the protocol `ImageSet`."""

@@ -1,0 +1,1 @@
+"""Slides: a reader for each family of formats, behind the protocol `Slide`."""
