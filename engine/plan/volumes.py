@@ -17,7 +17,8 @@ __all__ = ["Sections", "chunks_in", "plan_volume", "runs", "sections"]
 
 ISOTROPIC = 0.05  # of its finest spacing: a volume whose others differ by less has equal spacings
 TOLERANCE = 0.05  # a spacing this near to the volume's own is no enlargement, as with slides
-GROUP = 16  # slices that are read together where any voxel can be had alone: a cache line of 32 bytes of int16
+GROUP = 16  # slices whose tiles are read together where any voxel can be had alone: a cache line of 32 bytes of int16
+WHOLE_GROUP = 64  # the same of whole slices, whose order does not depend on it: what is done once per group costs less
 MOST_ANISOTROPY = 1000  # between the voxel's longest and shortest side; thick slices reach 40
 MOST_SIDE = 1 << 24  # voxels
 MOST_TILES = 1 << 24  # of one plan; 16 bytes each in every worker
@@ -57,13 +58,13 @@ def plan_volume(volume: Volume, settings: VolumeSettings, source: str) -> Volume
     body = body_of(volume, grid, source, settings.tissue == "auto")
     chunk = grid.in_grid(volume.chunk)
     sides, coords, tissue, considered = [0, 0, 0], [], [], 0
-    group, block = GROUP, 1 << 20
+    group, block = WHOLE_GROUP, 1 << 20
     for plane in planes:
         normal, down, along = PLANE_AXES[plane]
         rows, columns = (grid.shape[axis] * grid.spacing[axis] / spacing for axis in (down, along))
         sides[plane] = settings.tile or math.ceil(max(rows, columns) - 1e-6)
         y, x = corners(rows, columns, settings.tile, settings.overlap)
-        depth = max(GROUP, chunk[normal])
+        depth = max(GROUP if settings.tile else WHOLE_GROUP, chunk[normal])
         if volume.chunk != (1, 1, 1):
             depth, together = bounded(volume, grid, plane, settings, spacing, source)
             block = min(block, together)

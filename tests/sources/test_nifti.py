@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchmill.errors import SourceError, TransientError
+from patchmill.sources.mapped import populated
 from patchmill.sources.patience import Patience
 from patchmill.sources.refused import Unsupported
 from patchmill.sources.volumes import nifti, storedvoxels
@@ -231,7 +232,8 @@ def test_parts_and_padding_of_gzip(tmp_path):
         np.testing.assert_array_equal(whole(NiftiVolume(ref(path))), voxels)
 
 
-def test_progress_is_told_while_a_file_is_read(tmp_path):
+def test_progress_is_told_while_a_file_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(storedvoxels, "PIECE", 256 << 10)
     for name in ("a.nii", "a.nii.gz"):
         volume = NiftiVolume(ref(write(tmp_path / name, values((64, 64, 32), "f8"))))
         with Patience("volume") as patience:
@@ -607,6 +609,7 @@ def test_storage_that_fails_is_told_as_such(name, tmp_path, monkeypatch):
     def fail(*_args):
         raise OSError(errno.EIO, "Input/output error", str(tmp_path))
 
+    monkeypatch.setattr(storedvoxels, "populated", lambda _address, _size: False)
     monkeypatch.setattr(os, "preadv", fail)
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(TransientError, match=r"volume: its storage fails \(EIO\)"):
@@ -628,18 +631,45 @@ def test_a_file_that_has_become_shorter_does_not_kill_the_process(tmp_path):
             volume.read(start, stop)
 
 
-def test_what_a_read_brings_is_what_the_box_needs(tmp_path, monkeypatch):
-    """Of each slice, the run from its first voxel to its last, and no byte beyond."""
+@pytest.mark.parametrize("known", [True, False])
+def test_what_a_read_brings_is_what_the_box_needs(known, tmp_path, monkeypatch):
+    """Of each slice, the run from its first voxel to its last, and no byte beyond; whole slices in one go."""
     volume = NiftiVolume(ref(write(tmp_path / "a.nii", values((10, 8, 6)))))
     places, preadv = [], os.preadv
-    monkeypatch.setattr(
-        os,
-        "preadv",
-        lambda number, buffers, at: places.append((at, at + len(buffers[0]))) or preadv(number, buffers, at),
-    )
+    start = volume.read((0, 0, 0), (1, 1, 1)).ctypes.data
+
+    def populate(address, size):
+        if known:
+            places.append((352 + address - start, 352 + address - start + size))
+        return known
+
+    def note(number, buffers, at):
+        assert not known
+        places.append((at, at + len(buffers[0])))
+        return preadv(number, buffers, at)
+
+    monkeypatch.setattr(storedvoxels, "populated", populate)
+    monkeypatch.setattr(os, "preadv", note)
     volume.read((2, 3, 4), (5, 7, 6))
-    expected = [(352 + 2 * ((k * 8 + 3) * 10 + 2), 352 + 2 * ((k * 8 + 6) * 10 + 5)) for k in (4, 5)]
-    assert places == expected
+    assert places == [(352 + 2 * ((k * 8 + 3) * 10 + 2), 352 + 2 * ((k * 8 + 6) * 10 + 5)) for k in (4, 5)]
+    places.clear()
+    volume.read((2, 0, 1), (5, 8, 5))
+    assert places == [(352 + 2 * (80 + 2), 352 + 2 * (4 * 80 + 70 + 5))]
+    places.clear()
+    monkeypatch.setattr(storedvoxels, "PIECE", 100)
+    volume.read((0, 0, 0), (10, 8, 6))
+    assert places == [(352 + at, 352 + min(at + 100, 960)) for at in range(0, 960, 100)]
+
+
+def test_pages_that_are_brought_are_in_memory_and_those_that_are_gone_are_told(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 64)  # 16 KiB
+    mapped = np.memmap(path, np.uint8, "r")
+    assert populated(mapped.ctypes.data + 100, 16000)
+    os.truncate(path, 5000)
+    assert populated(mapped.ctypes.data, 5000)
+    assert not populated(mapped.ctypes.data + 8192, 1)  # looked at, it would kill this process
+    assert not populated(mapped.ctypes.data, 16384)
 
 
 # -------------------------------------------------------------------------------------------------------- real files

@@ -1,5 +1,6 @@
 """Tiles out of a volume: which voxels of its grid they need, and how those become the encoder's input."""
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ from jaxtyping import Float32, Int32, Integer
 
 from patchmill.errors import SourceError
 from patchmill.kernels import reslice
-from patchmill.kernels.slices import axis_weights
+from patchmill.kernels.slices import Table, axis_weights
 from patchmill.sources.volumes.grids import Box
 from patchmill.types import PLANE_AXES, QUANTILES, View, Volume, VolumePlan
 
@@ -55,11 +56,17 @@ def cut(
     for axis, corner in zip(across, (y, x), strict=True):
         ratio = plan.spacing / plan.steps[axis]
         size = plan.shape[axis]
-        first, each = axis_weights(size, size - corner * ratio, -plan.sides[plane] * ratio / pixels, pixels)
+        first, each = weights_of(size, size - corner * ratio, -plan.sides[plane] * ratio / pixels, pixels)
         weights.append((first - low[axis], each))
     slices = coords[:, 1:2] + np.arange(-(slab // 2), slab // 2 + 1) if slab > 1 else np.repeat(coords[:, 1:2], 3, 1)
     slices = np.clip(slices, 0, plan.shape[normal] - 1) - low[normal]
     reslice(voxels.transpose(PLANE_AXES[plane]), slices.astype(np.int32), weights[0], weights[1], *greys, out)
+
+
+@lru_cache(maxsize=64)  # the slices of a volume share them
+def weights_of(size: int, start: float, step: float, pixels: int) -> Table:
+    """`patchmill.kernels.slices.axis_weights`, worked out once; not to be written to."""
+    return axis_weights(size, start, step, pixels)
 
 
 def greys_of(volume: Volume, plan: VolumePlan, view: View, source: str) -> Greys:

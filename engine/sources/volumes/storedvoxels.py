@@ -14,6 +14,7 @@ import numpy as np
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import failure
+from patchmill.sources.mapped import populated
 from patchmill.sources.patience import beat
 from patchmill.sources.scratch import spooled
 
@@ -85,7 +86,7 @@ class StoredVoxels:
                 at = layout.start + layout.first
                 with open(self._number, "rb", closefd=False) as file:
                     mapped = np.memmap(file, layout.stored, "r", at, layout.shape, "F")
-                self._voxels = mapped.view(np.ndarray)
+                self._voxels, self._address = mapped.view(np.ndarray), mapped.ctypes.data
         except OSError as error:
             raise failure(source, error) from error
         except ValueError as error:  # of a file that has just become shorter
@@ -110,29 +111,45 @@ class StoredVoxels:
     def _bring(self, start: Place, stop: Place) -> None:
         """Have the storage bring what a box lies on into memory, slice by slice from its first voxel to its last.
 
-        A read can fail as an error; where a page of a mapped file fails, the process is killed. So this costs a copy
-        of the box's slices, and what the system has dropped again when the view is looked at is not safe.
+        Where a page of a mapped file fails, the process is killed; this fails with an error. What the system has
+        dropped again when the view is looked at is not safe.
         """
         layout = self._layout
         across, down, _ = layout.shape
         (i, j, k), (i_end, j_end, k_end) = start, stop
         if i >= i_end or j >= j_end:
             return
-        buffer = memoryview(bytearray(min(READ, ((j_end - j) * across) * layout.stored.itemsize)))
-        for number in range(k, k_end):
-            at, end = (
-                layout.start + layout.first + ((number * down + row) * across + column) * layout.stored.itemsize
-                for row, column in ((j, i), (j_end - 1, i_end))
+        begin = layout.start + layout.first
+        try:
+            there = os.fstat(self._number).st_size - begin  # the page that the file ends in goes on with zeros
+        except OSError as error:
+            raise failure(self._source, error) from error
+        whole = j == 0 and j_end == down  # slices then follow each other
+        for number in [k] if whole else range(k, k_end):
+            last = k_end - 1 if whole else number
+            first, end = (
+                ((slice_ * down + row) * across + column) * layout.stored.itemsize
+                for slice_, row, column in ((number, j, i), (last, j_end - 1, i_end))
             )
+            for at in range(first, end, PIECE):
+                beat()
+                size = min(PIECE, end - at)
+                if at + size > there or not populated(self._address + at, size):
+                    self._read_through(begin + at, size)
+
+    def _read_through(self, at: int, size: int) -> None:
+        """Read so many bytes from a byte of the file on, and drop them. Raises as `read`."""
+        buffer = memoryview(bytearray(min(READ, size)))
+        end = at + size
+        while at < end:
             beat()
-            while at < end:
-                try:
-                    count = os.preadv(self._number, [buffer[: end - at]], at)
-                except OSError as error:
-                    raise failure(self._source, error) from error
-                if not count:
-                    raise SourceError(self._source, f"it was longer when it was opened: it has no byte {at}", COPY)
-                at += count
+            try:
+                count = os.preadv(self._number, [buffer[: end - at]], at)
+            except OSError as error:
+                raise failure(self._source, error) from error
+            if not count:
+                raise SourceError(self._source, f"it was longer when it was opened: it has no byte {at}", COPY)
+            at += count
 
     def _unpack(self, voxels: Voxels, moved: Callable[[], None]) -> None:
         """Fill an array from the compressed file, reading that to its end, where its checksum is."""
