@@ -11,10 +11,10 @@ from numba.extending import intrinsic
 from patchmill.kernels.areas import check_areas
 from patchmill.kernels.boxes import box_weights, check
 from patchmill.kernels.compiling import compiled
-from patchmill.kernels.cpu_slices import reslice
+from patchmill.kernels.cpu_slices import resample, reslice
 from patchmill.kernels.pixels import add_pixels
 
-__all__ = ["compiled", "pack", "reslice", "tissue_fraction"]
+__all__ = ["compiled", "pack", "resample", "reslice", "tissue_fraction"]
 
 
 def pack(

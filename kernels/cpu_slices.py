@@ -3,10 +3,21 @@
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, Integer, Shaped
 
-from patchmill.kernels.slice_loops import LANES, PIXELS, TAPS, Pictures, Places, Sums, draw_lanes, draw_rows
-from patchmill.kernels.slices import LEVELS, Axis, Table, check_slices, on_its_side
+from patchmill.kernels.slice_loops import (
+    LANES,
+    PIXELS,
+    TAPS,
+    Pictures,
+    Places,
+    Sums,
+    draw_lanes,
+    draw_means,
+    draw_rows,
+    mix_pictures,
+)
+from patchmill.kernels.slices import LEVELS, Axis, Table, check_box, check_slices, on_its_side
 
-__all__ = ["reslice"]
+__all__ = ["resample", "reslice"]
 
 
 def reslice(
@@ -54,6 +65,38 @@ def reslice(
     else:
         drawn, vectors = pictures(slices, gain, offset, 1), (*padded(column), column.total)
         draw_rows(flat, places, drawn, members(row), vectors, column.reach, run_of(column), levels, turned, to)
+
+
+def resample(
+    voxels: Shaped[np.ndarray, "d h w"],
+    slices: Table,
+    rows: Table,
+    columns: Table,
+    window: tuple[float, float],
+    out: Integer[np.ndarray, "n p p"],
+) -> None:
+    """Resample a volume to a box of slices, along all three axes, as `reslice` does along two.
+
+    slices, rows, columns: per slice, row and column of the box, the voxels that it is the mean of. window: gain and
+    offset. out: slices, rows, columns. All that has weight is held as float32 pictures meanwhile, 4 * p * p bytes per
+    slice: resample a large volume part by part. Raises ValueError as `reslice` does.
+    """
+    fit = out.flags.c_contiguous and out.flags.writeable and str(out.dtype) in LEVELS
+    kind = str(voxels.dtype)
+    normal, row, column = check_box(voxels.shape, kind, (slices, rows, columns), window, out.shape, fit)
+    low, high = LEVELS[str(out.dtype)]
+    begin, end = normal.reach
+    if begin == end:
+        out[:] = low
+        return
+    voxels = voxels[begin:end]
+    if abs(voxels.strides[2]) != voxels.itemsize:  # read line by line, which would be strewn over memory
+        voxels = np.ascontiguousarray(voxels)
+    flat, places = in_memory(voxels)
+    levels = np.float32(window[0]), np.float32(window[1]) - np.float32(low), np.float32(high - low)
+    means = np.empty((end - begin, *out.shape[1:]), np.float32)
+    draw_means(flat, places, members(row), (*padded(column), column.total), column.reach, levels, means)
+    mix_pictures(means, (normal.first - begin, normal.weights, normal.total), np.float32(low), out)
 
 
 def in_memory(voxels: Shaped[np.ndarray, "d h w"]) -> tuple[Shaped[np.ndarray, " m"], Places]:

@@ -5,9 +5,9 @@ from jaxtyping import Bool, Float, Float32, Float64, Int32, Integer, Shaped, UIn
 
 from patchmill.kernels.areas import check_areas
 from patchmill.kernels.boxes import box_weights, check
-from patchmill.kernels.slices import LEVELS, Axis, Table, check_slices
+from patchmill.kernels.slices import LEVELS, Axis, Table, check_box, check_slices
 
-__all__ = ["pack", "reslice", "tissue_fraction"]
+__all__ = ["pack", "resample", "reslice", "tissue_fraction"]
 
 
 def pack(
@@ -89,6 +89,27 @@ def reslice(
         level = np.nan_to_num(value, nan=low, posinf=high, neginf=low).clip(low, high).astype(np.float64)
         mean = np.divide(down @ level @ along.T, covered, out=np.full_like(covered, low), where=covered > 0)
         out[n, :, :, channel] = np.floor(mean + 0.5)
+
+
+def resample(
+    voxels: Shaped[np.ndarray, "d h w"],
+    slices: Table,
+    rows: Table,
+    columns: Table,
+    window: tuple[float, float],
+    out: Integer[np.ndarray, "n p p"],
+) -> None:
+    """See `patchmill.kernels.cpu.resample`. Here three products of matrices, in float64."""
+    fit = out.flags.c_contiguous and out.flags.writeable and str(out.dtype) in LEVELS
+    axes = check_box(voxels.shape, str(voxels.dtype), (slices, rows, columns), window, out.shape, fit)
+    low, high = LEVELS[str(out.dtype)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = voxels.astype(np.float32) * np.float32(window[0]) + np.float32(window[1])
+    level = np.nan_to_num(value, nan=low, posinf=high, neginf=low).clip(low, high).astype(np.float64)
+    spreads = [spread(axis, size) for axis, size in zip(axes, voxels.shape, strict=True)]
+    found = np.einsum("kz,iy,jx,zyx->kij", *spreads, level, optimize=True)
+    covered = np.einsum("k,i,j->kij", *(each.sum(axis=1) for each in spreads))
+    out[:] = np.floor(np.divide(found, covered, out=np.full_like(covered, low), where=covered > 0) + 0.5)
 
 
 def spread(axis: Axis, size: int) -> Float64[np.ndarray, "p size"]:

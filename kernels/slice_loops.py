@@ -14,7 +14,19 @@ from numba.extending import intrinsic
 
 from patchmill.kernels.compiling import compiled
 
-__all__ = ["LANES", "PIXELS", "TAPS", "Levels", "Pictures", "Places", "Sums", "draw_lanes", "draw_rows"]
+__all__ = [
+    "LANES",
+    "PIXELS",
+    "TAPS",
+    "Levels",
+    "Pictures",
+    "Places",
+    "Sums",
+    "draw_lanes",
+    "draw_means",
+    "draw_rows",
+    "mix_pictures",
+]
 
 LANES = 64  # interleaved slices that are drawn together: a line of the cache is read once for all of its voxels
 BAND = 8  # rows of a picture that are narrowed together
@@ -248,6 +260,57 @@ def _vector(_: Any, lines: Any, first: Any, weights: Any, k: Any, j: Any, sums: 
 
 
 _narrow_vector: Any = intrinsic(_vector)
+
+
+@compiled
+def draw_means(
+    flat: Shaped[np.ndarray, " m"],
+    places: Places,
+    rows: Sums,
+    columns: Sums,
+    reach: tuple[int, int],
+    window: Window,
+    means: Float32[np.ndarray, "d p p"],
+) -> None:
+    """Draw one slice after the other, without rounding. Arguments mean what they do for `draw_rows`."""
+    start, across, down, along = places
+    first, weights, total = columns
+    pixels = len(total)
+    width = reach[1] - reach[0]
+    lines = np.zeros((BAND, width + len(weights)), np.float32)
+    sums = np.empty((BAND, len(first)), np.float32)
+    for m in range(len(means)):
+        corner = start + m * across + reach[0] * along
+        for top in range(0, pixels, BAND):
+            depth = min(BAND, pixels - top)
+            for r in range(depth):
+                line = lines[r, :width]
+                mix_rows(flat, corner, down, along, window, rows, top + r, line)
+                if along == -1:
+                    turn(line)
+            narrow(lines, first, weights, sums)
+            for r in range(depth):
+                divisor, found = rows[2][top + r], means[m, top + r]
+                for j in range(pixels):
+                    found[j] = np.true_divide(sums[r, j], divisor * total[j])
+
+
+@compiled
+def mix_pictures(
+    means: Float32[np.ndarray, "d p p"], slices: Sums, least: np.float32, out: Integer[np.ndarray, "n p p"]
+) -> None:
+    """Weighted means of neighbouring pictures, rounded."""
+    first, weights, total = slices
+    line = np.empty(means.shape[2], np.float32)
+    for n in range(len(out)):
+        for i in range(means.shape[1]):
+            line[:] = 0
+            for k in range(weights.shape[1]):
+                weight = weights[n, k]
+                if weight > 0:
+                    add(means[first[n] + k, i], weight, False, line)
+            for j in range(len(line)):
+                out[n, i, j] = np.int32(np.floor(np.true_divide(line[j], total[n]) + np.float32(0.5)) + least)
 
 
 @compiled

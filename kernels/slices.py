@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from patchmill.kernels.boxes import snapped
 
-__all__ = ["AIR", "LEVELS", "Axis", "Table", "axis_weights", "check_slices", "on_its_side"]
+__all__ = ["AIR", "LEVELS", "Axis", "Table", "axis_weights", "check_box", "check_slices", "on_its_side"]
 
 Table = tuple[Int64[np.ndarray, " p"], Float32[np.ndarray, "p k"]]  # what `axis_weights` returns
 VOXELS = ("uint8", "int16", "uint16", "float32")
@@ -118,6 +118,30 @@ def check_slices(
     if slices.size and (slices.min() < 0 or slices.max() >= shape[0]):
         raise ValueError(f"of {shape[0]} slices, numbers {slices.min()} to {slices.max()} are asked for")
     return checked_axis(rows, shape[1], out[1]), checked_axis(columns, shape[2], out[1])
+
+
+def check_box(
+    shape: tuple[int, ...],
+    dtype: str,
+    tables: tuple[Table, Table, Table],
+    window: tuple[float, float],
+    out: tuple[int, ...],
+    fit: bool,
+) -> tuple[Axis, Axis, Axis]:
+    """Slices, rows and columns of a box as sums need them. Arguments and errors as of `check_slices`.
+
+    window: gain and offset.
+    """
+    if not fit:
+        raise ValueError("the buffer is no contiguous uint8 or int16 that may be written")
+    if len(shape) != 3 or 0 in shape or dtype not in VOXELS:
+        raise ValueError(f"voxels of shape {shape} and type {dtype} are no volume of {', '.join(VOXELS)}")
+    if len(out) != 3 or out[1] != out[2] or 0 in out:
+        raise ValueError(f"a buffer of shape {out} is no box of square slices")
+    if not all(math.isfinite(number) for number in window):
+        raise ValueError(f"{window} are no finite numbers")
+    slices, rows, columns = (checked_axis(table, *sizes) for table, *sizes in zip(tables, shape, out, strict=True))
+    return slices, rows, columns
 
 
 def on_its_side(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from patchmill.encoders import USUAL, dtype_of, intensity_of, presets
+from patchmill.encoders import USUAL, box_of_encoder, dtype_of, intensity_of, presets
 from patchmill.errors import UsageError
 from patchmill.sources import CatalogEntry
-from patchmill.types import EncodeSettings, Fit, ImageSettings, Kind, PlanSettings, Settings, VolumeSettings
+from patchmill.types import PLANES, EncodeSettings, Fit, ImageSettings, Kind, PlanSettings, Settings, VolumeSettings
 
-__all__ = ["encode_for", "settings_for"]
+__all__ = ["boxed", "encode_for", "settings_for"]
 
 SETTINGS: Mapping[Kind, type[PlanSettings] | type[VolumeSettings] | type[ImageSettings]] = {
     "slide": PlanSettings,
@@ -32,6 +32,29 @@ def settings_for(kind: Kind, options: Mapping[str, Any]) -> Settings:
             option = "--decode" if name == "scaled" else f"--{name.replace('_', '-')}"
             raise UsageError(option, f"it is for {others}, and these are {NAMES[kind]}", "leave it out")
     return SETTINGS[kind](**given)
+
+
+def boxed(settings: Settings, encoder: str) -> Settings:
+    """The settings of a plan for an encoder: one that takes whole volumes has a box of its own.
+
+    Raises UsageError where the settings ask for other tiles than the encoder can take.
+    """
+    if not isinstance(settings, VolumeSettings):
+        return settings
+    box, usual = box_of_encoder(encoder), VolumeSettings()
+    if box is None:
+        if settings.slices is not None:
+            raise UsageError("--encoder", f"{encoder} takes pictures, and the plan is a box", "use another encoder")
+        return settings
+    slices, tile, spacing = box
+    wanted = replace(settings, slices=slices, tile=tile, spacing=spacing, planes=(), every=1, overlap=0)
+    if settings in (wanted, replace(wanted, planes=PLANES[:1])):
+        return settings
+    whole = f"{encoder} takes each volume as one box of {slices} x {tile} x {tile} voxels of {spacing:g} mm"
+    for name in ("slices", "tile", "spacing", "planes", "every", "overlap"):
+        if getattr(settings, name) != getattr(usual, name):
+            raise UsageError(f"--{name}", whole, "leave it out")
+    return wanted
 
 
 def encode_for(

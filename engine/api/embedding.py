@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchmill import cluster
-from patchmill.api.choosing import encode_for, settings_for
+from patchmill.api.choosing import boxed, encode_for, settings_for
 from patchmill.api.planning import listed, with_rois
 from patchmill.archive import Archive, SourceEntry
 from patchmill.cluster import Doors, Event, RunReport, RunSettings
@@ -62,6 +62,7 @@ def embed(
     encode, units, note = encode_for(
         encode or EncodeSettings(), entries, intensity=intensity, window=window, slab=slab, fit=fit
     )
+    settings = boxed(settings, encode.encoder)
     if say is not None:
         for line in filter(None, (note, advice(encode, settings))):
             say(line)

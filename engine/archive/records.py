@@ -88,6 +88,8 @@ def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
 def settings_record(settings: Settings) -> dict[str, Any]:
     """The JSON form of a plan's settings; those of slides, the first that there were, do not name their kind."""
     record = asdict(settings)
+    if record.get("slices", 0) is None:  # as it was before there were boxes
+        del record["slices"]
     return record if settings.kind == "slide" else {"kind": settings.kind, **record}
 
 

@@ -236,6 +236,8 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
             match opened_source, store.read_plan(shard.plan):
                 case PatientSlide() as slide, SlidePlan() as geometry:
                     return stream.embed_shard(shard, slide, geometry, batcher, store, known)
+                case PatientVolume() as volume, VolumePlan() as geometry if geometry.settings.slices is not None:
+                    return stream.embed_box(shard, volume, geometry, batcher.view, batcher, store, known)
                 case PatientVolume() as volume, VolumePlan() as geometry:
                     return stream.embed_sections(shard, volume, geometry, batcher.view, batcher, store, known)
                 case PatientImages() as images, ImagePlan() as geometry:

@@ -1,6 +1,6 @@
 """Encoders: cards, weights, graphs, sessions, precisions and the execution gate. Never reads pixels from sources."""
 
-from patchmill.encoders.cards import dtype_of
+from patchmill.encoders.cards import box_of_encoder, dtype_of
 from patchmill.encoders.gate import GateReport, gate_tiles
 from patchmill.encoders.intensities import USUAL, intensity_of, presets
 from patchmill.encoders.opening import EncoderCard, advice, export, known, open_encoder, open_gated, placed, resolve
@@ -13,6 +13,7 @@ __all__ = [
     "GateReport",
     "advice",
     "available_cores",
+    "box_of_encoder",
     "dtype_of",
     "export",
     "gate_tiles",

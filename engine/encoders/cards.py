@@ -28,6 +28,7 @@ __all__ = [
     "Exported",
     "ViT",
     "WeightsSource",
+    "box_of_encoder",
     "card",
     "cards",
     "dtype_of",
@@ -193,6 +194,11 @@ def dtype_of(name: str) -> Literal["uint8", "int16"]:
     """
     found = cards().get(name)
     return "uint8" if found is None else found.dtype
+
+
+def box_of_encoder(name: str) -> tuple[int, int, float] | None:
+    """Of an encoder of whole volumes: slices, pixels per side, and mm between voxels in all three directions."""
+    return None
 
 
 def cards() -> Mapping[str, Card]:

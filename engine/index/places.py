@@ -74,6 +74,8 @@ def in_volume(plan: VolumePlan, point: np.ndarray[Any, Any], rows: Int64[np.ndar
         away = np.abs(coords[mine, 1] - at[0])
         corner, side = coords[mine, 2:], plan.sides[plane]
         reach = max(0.5, plan.settings.every / 2) + 1e-6
+        if plan.settings.slices is not None:  # a box, around its middle
+            reach = plan.settings.slices * plan.spacing / plan.steps[PLANE_AXES[plane][0]] / 2 + 1
         inside = (away <= reach) & ((corner <= at[1:]) & (at[1:] < corner + side)).all(axis=1)
         if not is_in(plan, plane, at) or not inside.any():
             continue

@@ -49,6 +49,8 @@ def plan_volume(volume: Volume, settings: VolumeSettings, source: str) -> Volume
     if max(grid.spacing) > MOST_ANISOTROPY * min(grid.spacing):
         steps = " x ".join(f"{each:g}" for each in grid.spacing)
         raise SourceError(source, f"its voxels of {steps} mm are out of all proportion", "correct its header")
+    if settings.slices is not None:
+        return box_plan(volume, grid, settings, source)
     planes = [PLANES.index(name) for name in settings.planes or usual_planes(grid)]
     own = min(grid.spacing[axis] for plane in planes for axis in PLANE_AXES[plane][1:])
     if settings.spacing is not None and settings.spacing < own * (1 - TOLERANCE):
@@ -93,6 +95,35 @@ def plan_volume(volume: Volume, settings: VolumeSettings, source: str) -> Volume
         empty=considered - sum(map(len, coords)),
     )
     return ordered(found)
+
+
+def box_plan(volume: Volume, grid: Grid, settings: VolumeSettings, source: str) -> VolumePlan:
+    """The plan of a volume that is one box: one row, or none where it holds too little of a body.
+
+    A box may be finer than the volume, as all its kin are of one spacing. Raises as `plan_volume`.
+    """
+    assert settings.tile is not None
+    assert settings.spacing is not None
+    body = body_of(volume, grid, source, settings.tissue == "auto")
+    fraction = float(body.mask.mean())
+    kept = int(fraction >= settings.min_tissue and fraction > 0)
+    y, x = (-round((settings.tile - grid.shape[axis] * grid.spacing[axis] / settings.spacing) / 2) for axis in (1, 0))
+    depth = WHOLE_GROUP
+    if volume.chunk != (1, 1, 1):
+        depth, _ = bounded(volume, grid, 0, replace(settings, slices=None, tile=None), settings.spacing, source)
+    return VolumePlan(
+        settings=settings,
+        shape=grid.shape,
+        affine=grid.affine,
+        spacing=settings.spacing,
+        sides=(settings.tile, 0, 0),
+        group=depth,
+        block=1,
+        coords=np.array([[0, grid.shape[2] // 2, y, x]] * kept, np.int32).reshape(-1, 4),
+        tissue=np.full(kept, round(fraction * 255), np.uint8),
+        quantiles=body.quantiles,
+        empty=1 - kept,
+    )
 
 
 def usual_planes(grid: Grid) -> tuple[str, ...]:

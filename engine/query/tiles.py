@@ -72,7 +72,7 @@ def read_slice(
     Raises SourceError.
     """
     if view.dtype == "int16":
-        view = replace(view, dtype="uint8", intensity=presets()[USUAL["CT"]])
+        view = replace(view, dtype="uint8", depth=1, intensity=presets()[USUAL["CT"]])
     plane, number, y, x = plan.coords[row].tolist()
     extents = [plan.shape[axis] * plan.steps[axis] / plan.spacing for axis in PLANE_AXES[plane][1:]]
     side = math.ceil(max(extents) - 1e-6)

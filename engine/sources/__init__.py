@@ -11,6 +11,7 @@ from patchmill.sources.slides.omezarr import OmeZarrSlide
 from patchmill.sources.slides.openslide import OpenSlideSlide
 from patchmill.sources.slides.tiff import TiffSlide
 from patchmill.sources.staging import stage, unstage
+from patchmill.sources.volumes.boxes import fill_box
 from patchmill.sources.volumes.grids import Box, Grid, grid_of
 from patchmill.sources.volumes.sections import box_of, cut, greys_of
 
@@ -33,6 +34,7 @@ __all__ = [
     "content_fingerprint",
     "cut",
     "failure",
+    "fill_box",
     "find_sources",
     "greys_of",
     "grid_of",

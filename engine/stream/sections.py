@@ -16,7 +16,7 @@ from patchmill.stream.clock import StageClock
 from patchmill.stream.commit import commit
 from patchmill.types import VALID_GOOD, VALID_UNREADABLE, Shard, ShardResult, View, VolumePlan
 
-__all__ = ["embed_sections"]
+__all__ = ["embed_sections", "planned_grid"]
 
 
 def embed_sections(
@@ -33,9 +33,7 @@ def embed_sections(
     Raises SourceError where the volume is not the one that was planned, its values do not suit the view, or a vector
     overflows float16; TransientError where its storage fails; and what stopped the encoder.
     """
-    grid = grid_of(volume, shard.source)
-    if grid.shape != plan.shape or not np.allclose(grid.affine, plan.affine, rtol=1e-9, atol=1e-9):
-        raise SourceError(shard.source, "its grid is not the one that was planned", "give the same options as before")
+    grid = planned_grid(volume, plan, shard.source)
     greys = greys_of(volume, plan, view, shard.source)
     clock = StageClock()
     valid = np.full(shard.rows, VALID_GOOD, np.uint8)
@@ -60,6 +58,14 @@ def embed_sections(
             batcher.wait(opened)
         vectors = opened.vectors
     return commit(shard, vectors, valid, store, provenance, clock, read=read, covered=covered)
+
+
+def planned_grid(volume: PatientVolume, plan: VolumePlan, source: str) -> Grid:
+    """The grid of a volume. Raises SourceError where it is not the plan's."""
+    grid = grid_of(volume, source)
+    if grid.shape != plan.shape or not np.allclose(grid.affine, plan.affine, rtol=1e-9, atol=1e-9):
+        raise SourceError(source, "its grid is not the one that was planned", "give the same options as before")
+    return grid
 
 
 def readable(

@@ -134,6 +134,9 @@ class VolumeSettings:
     spacing: float | None = None  # millimetres per pixel of a plane; None is the volume's finest, in any direction
     every: int = 1  # each n-th slice
     tile: int | None = None  # pixels per side at that spacing; None: each slice is one tile
+    slices: int | None = (
+        None  # of a box, as far apart as its pixels: the whole volume is one tile; None: tiles are flat
+    )
     overlap: int = 0  # pixels shared with the next tile
     tissue: Literal["auto", "none"] = "auto"  # "none" keeps every tile, "auto" those that hold the body
     min_tissue: float = 0.02  # least fraction of a tile that must be body
@@ -150,6 +153,8 @@ class VolumeSettings:
             raise UsageError("--every", f"each {self.every}. slice is none", "use 1 or more")
         if self.tile is not None and not 16 <= self.tile <= 8192:
             raise UsageError("--tile", f"{self.tile} px is out of range", "use 16 to 8192")
+        if self.slices is not None:
+            self._check_box()
         if self.overlap and self.tile is None:
             raise UsageError("--overlap", "each slice is one tile", "give --tile too")
         if not 0 <= self.overlap < (self.tile or 1):
@@ -161,6 +166,17 @@ class VolumeSettings:
         if self.frame is not None and self.frame < 0:
             raise UsageError("--frame", f"there is no volume {self.frame}", "count from 0")
 
+    def _check_box(self) -> None:
+        whole = "the encoder takes each volume as one box"
+        if self.slices is None or not 2 <= self.slices <= 8192 or self.tile is None or self.spacing is None:
+            raise UsageError("--tile", f"a box of {self.slices} slices has no size", "give 2 to 8192, tile and spacing")
+        if self.planes not in ((), PLANES[:1]):
+            raise UsageError("--planes", whole, "leave it out")
+        if self.every > 1:
+            raise UsageError("--every", whole, "leave it out")
+        if self.overlap:
+            raise UsageError("--overlap", whole, "leave it out")
+
     @property
     def kind(self) -> Kind:
         """What is planned."""
@@ -169,10 +185,16 @@ class VolumeSettings:
     @property
     def key(self) -> str:
         """The plan key: 16 hex digits over these settings, the kind of source and the version of the rules."""
-        return fingerprint_of({"kind": self.kind, "rules": 1, **asdict(self)})
+        known = asdict(self)
+        if known["slices"] is None:  # as it was before there were boxes
+            del known["slices"]
+        return fingerprint_of({"kind": self.kind, "rules": 1, **known})
 
     def describe(self) -> str:
         """One line for people."""
+        if self.slices is not None:
+            frame = "" if self.frame is None else f", volume {self.frame} of each file"
+            return f"each volume one box of {self.slices} x {self.tile} x {self.tile} at {self.spacing:g} mm{frame}"
         planes = ", ".join(self.planes) or "axial (all planes where isotropic)"
         tiles = "whole" if self.tile is None else f"in {self.tile} px tiles, overlap {self.overlap},"
         spacing = "native spacing" if self.spacing is None else f"{self.spacing:g} mm/px"
@@ -191,6 +213,9 @@ class VolumePlan:
     superior. A plane's picture is drawn as radiologists see it: axial with the patient's right on the left and anterior
     on top; coronal with right on the left and superior on top; sagittal with anterior on the left and superior on top.
     Its pixels are `spacing` millimetres squares; pixel (0, 0) begins at the picture's top left voxel's outer corner.
+
+    Where the settings tell `slices`, the only tile is a box in the middle of the volume: axial slices from superior to
+    inferior, `spacing` apart, and its coordinates are those of the slice of the grid in its middle.
     """
 
     settings: VolumeSettings
@@ -220,6 +245,11 @@ class VolumePlan:
         """Millimetres from voxel to voxel towards right, anterior, superior."""
         r, a, s = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
         return r, a, s
+
+    @property
+    def top(self) -> int:
+        """Of a box: its upper side in pixels from the volume's, negative where it begins above that."""
+        return -round(((self.settings.slices or 0) - self.shape[2] * self.steps[2] / self.spacing) / 2)
 
     def on_plane(self, plane: int, point: Float64[np.ndarray, "*n 3"]) -> Float64[np.ndarray, "*n 3"]:
         """Points in millimetres (RAS+) as slice, y, x of a plane: slices by their centres, pixels by their corners."""
