@@ -23,7 +23,7 @@ from patchmill.cluster.report import STAGES, RunReport, SourceOutcome
 from patchmill.cluster.tasks import PROGRESS, Doors, Job, gate_encoder, has_changed
 from patchmill.encoders import available_cores
 from patchmill.errors import EncoderError, PatchmillError, SourceError, UsageError
-from patchmill.sources import READ_TIMEOUT, READERS, Patience
+from patchmill.sources import READ_TIMEOUT, READERS, Patience, give_up
 from patchmill.types import (
     EncoderSpec,
     EncodeSettings,
@@ -149,6 +149,7 @@ class _Run:
             client = stack.enter_context(local_cluster(workers, threads, lock, gpus))
             if workers == 0:
                 stack.callback(stream.release)
+                stack.callback(give_up)  # before Dask waits for threads that wait for storage
             client.subscribe_topic(PROGRESS, self._told)
             spec, gate = self._gated(client)
             _check_view(self._job.plan, spec)

@@ -4,7 +4,7 @@ from patchmill.sources.catalog import CatalogEntry, find_sources
 from patchmill.sources.content import content_fingerprint
 from patchmill.sources.files import failure
 from patchmill.sources.opening import READERS, open_images, open_slide, open_volume
-from patchmill.sources.patience import READ_TIMEOUT, Patience, PatientImages, PatientSlide, PatientVolume
+from patchmill.sources.patience import READ_TIMEOUT, Patience, PatientImages, PatientSlide, PatientVolume, give_up
 from patchmill.sources.slides.cells import CellsByRectangle, read_or_none
 from patchmill.sources.slides.dicom import DicomSlide
 from patchmill.sources.slides.omezarr import OmeZarrSlide
@@ -36,6 +36,7 @@ __all__ = [
     "failure",
     "fill_box",
     "find_sources",
+    "give_up",
     "greys_of",
     "grid_of",
     "open_images",

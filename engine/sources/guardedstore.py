@@ -19,9 +19,9 @@ import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import LocalStore
 
 from patchmill.sources.objects import Objects
+from patchmill.sources.patience import aside
 
 __all__ = ["UnsafeError", "open_guarded"]
 
@@ -37,121 +37,38 @@ class UnsafeError(Exception):
     """What must not be decoded, in words."""
 
 
-class Guard:
-    """What chunks are measured by."""
+class Guarded(Store):
+    """Chunks of one array, to be read alone. Whatever would decode to more than it should is an error."""
 
+    supports_writes = supports_deletes = supports_listing = False
     codecs: Sequence[str] = ()  # of the array, from the pixels to the file; known once it is open
     chunk = 0  # bytes of a decoded chunk
     shard = 0  # chunks of a shard; 0 where chunks are files
+
+    def __init__(self, place: Path | Objects) -> None:
+        super().__init__(read_only=True)
+        self.place = place
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Guarded) and self.place == other.place
 
     @property
     def most(self) -> int:
         """Bytes that a whole file may have."""
         return max(self.shard, 1) * (longest(self.chunk) + 16)
 
-    def check(self, found: Buffer, byte_range: ByteRequest | None) -> None:
+    def check(self, found: bytes, byte_range: ByteRequest | None) -> None:
         """Raise UnsafeError for chunks that would decode to more than they should, and what decoders raise."""
         if byte_range is None or isinstance(byte_range, RangeByteRequest):
-            data = memoryview(found.to_bytes())
+            data = memoryview(found)
             for chunk in chunks_in(data, self.shard) if self.shard and byte_range is None else (data,):
                 check_growth(chunk, self.codecs, self.chunk)
-
-
-class GuardedStore(Guard, LocalStore):
-    """A folder of chunks. Whatever is no regular file in it, or would decode to more than it should, is an error."""
-
-    async def get(
-        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        """The bytes of a file or of a part of it; None if there is none, which stands for the fill value.
-
-        Raises OSError, UnsafeError, and what zlib and Zstandard raise.
-        """
-        path = Path(self.root) / key
-        try:
-            status = os.stat(path)
-        except FileNotFoundError:
-            if key not in METADATA and not any((Path(self.root) / name).is_file() for name in METADATA):
-                raise  # all of it is gone: moved, or no longer mounted
-            return None
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "no regular file")
-        if Path(os.path.realpath(self.root)) not in Path(os.path.realpath(path)).parents:
-            raise UnsafeError("a link leads out of it")
-        if key in METADATA:
-            return await super().get(key, prototype, byte_range)
-        if byte_range is None and status.st_size > self.most:
-            raise UnsafeError("longer than its pixels")
-        found = await super().get(key, prototype, byte_range)
-        if found is not None:
-            self.check(found, byte_range)
-        return found
-
-
-class GuardedObjects(Guard, Store):
-    """Chunks on an object store. Whatever would decode to more than it should is an error."""
-
-    supports_writes = supports_deletes = supports_listing = False
-
-    def __init__(self, objects: Objects) -> None:
-        super().__init__(read_only=True)
-        self.objects = objects
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, GuardedObjects) and self.objects == other.objects
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """As of `GuardedStore`. Of an object no more is asked for than it may have."""
-        known = key in METADATA
-        bounds: tuple[int, int | None]
-        match byte_range:
-            case RangeByteRequest(start, stop):
-                bounds = start, stop
-            case OffsetByteRequest(start):
-                bounds = start, start + self.most + 1
-            case SuffixByteRequest(length):
-                bounds = -length, None
-            case _:
-                bounds = 0, MOST_BYTES if known else self.most + 1
-        try:
-            data = await self.objects.fetch(key, *bounds)
-        except FileNotFoundError:
-            if not known and not await self.is_there():
-                raise  # all of it is gone
-            return None
-        found = prototype.buffer.from_bytes(data)
-        if known:
-            return found
-        if len(data) > (length if isinstance(byte_range, SuffixByteRequest) else (bounds[1] or 0) - bounds[0]):
-            raise UnsafeError("more than was asked for: its server gives whole files alone")
-        if byte_range is None and len(data) > self.most:
-            raise UnsafeError("longer than its pixels")
-        self.check(found, byte_range)
-        return found
-
-    async def is_there(self) -> bool:
-        """Whether the array's metadata are. Raises OSError."""
-        for name in METADATA[:2]:
-            try:
-                await self.objects.fetch(name, 0, 1)
-            except FileNotFoundError:
-                continue
-            return True
-        return False
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
         """`get` of each."""
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
-
-    async def exists(self, key: str) -> bool:
-        """Whether there is such an object."""
-        try:
-            await self.objects.fetch(key, 0, 1)
-        except FileNotFoundError:
-            return False
-        return True
 
     async def set(self, key: str, value: Buffer) -> None:
         """Nothing is written."""
@@ -174,9 +91,107 @@ class GuardedObjects(Guard, Store):
         raise NotImplementedError
 
 
+class GuardedFolder(Guarded):
+    """A folder of chunks. Whatever is no regular file in it is an error too."""
+
+    place: Path
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """The bytes of a file or of a part of it; None if there is none, which stands for the fill value.
+
+        Raises OSError, UnsafeError, and what zlib and Zstandard raise.
+        """
+        data = await aside(self.read, key, byte_range)
+        return None if data is None else prototype.buffer.from_bytes(data)
+
+    def read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
+        """See `get`."""
+        path = self.place / key
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            if key not in METADATA and not any((self.place / name).is_file() for name in METADATA):
+                raise  # all of it is gone: moved, or no longer mounted
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        if Path(os.path.realpath(self.place)) not in Path(os.path.realpath(path)).parents:
+            raise UnsafeError("a link leads out of it")
+        if key not in METADATA and byte_range is None and status.st_size > self.most:
+            raise UnsafeError("longer than its pixels")
+        with path.open("rb") as file:
+            match byte_range:
+                case RangeByteRequest(start, stop):
+                    file.seek(start)
+                    data = file.read(stop - start)
+                case OffsetByteRequest(start):
+                    file.seek(start)
+                    data = file.read()
+                case SuffixByteRequest(length):
+                    file.seek(max(0, status.st_size - length))
+                    data = file.read()
+                case _:
+                    data = file.read()
+        if key not in METADATA:
+            self.check(data, byte_range)
+        return data
+
+    async def exists(self, key: str) -> bool:
+        """Whether there is such a file."""
+        return await aside((self.place / key).is_file)
+
+
+class GuardedObjects(Guarded):
+    """Chunks on an object store."""
+
+    place: Objects
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """As of `GuardedFolder`. Of an object no more is asked for than it may have."""
+        known = key in METADATA
+        bounds: tuple[int, int | None]
+        match byte_range:
+            case RangeByteRequest(start, stop):
+                bounds = start, stop
+            case OffsetByteRequest(start):
+                bounds = start, start + self.most + 1
+            case SuffixByteRequest(length):
+                bounds = -length, None
+            case _:
+                bounds = 0, MOST_BYTES if known else self.most + 1
+        try:
+            data = await self.place.fetch(key, *bounds)
+        except FileNotFoundError:
+            if not known and not await self.is_there():
+                raise  # all of it is gone
+            return None
+        if not known:
+            if len(data) > (length if isinstance(byte_range, SuffixByteRequest) else (bounds[1] or 0) - bounds[0]):
+                raise UnsafeError("more than was asked for: its server gives whole files alone")
+            if byte_range is None and len(data) > self.most:
+                raise UnsafeError("longer than its pixels")
+            self.check(data, byte_range)
+        return prototype.buffer.from_bytes(data)
+
+    async def is_there(self) -> bool:
+        """Whether the array's metadata are. Raises OSError."""
+        for name in METADATA[:2]:
+            if await self.exists(name):
+                return True
+        return False
+
+    async def exists(self, key: str) -> bool:
+        """Whether there is such an object. Raises OSError."""
+        try:
+            await self.place.fetch(key, 0, 1)
+        except FileNotFoundError:
+            return False
+        return True
+
+
 def open_guarded(folder: Path | Objects) -> Any:
     """The array in a folder. Raises UnsafeError for one that cannot be read safely, and whatever zarr raises."""
-    store = GuardedObjects(folder) if isinstance(folder, Objects) else GuardedStore(folder, read_only=True)
+    store: Guarded = GuardedObjects(folder) if isinstance(folder, Objects) else GuardedFolder(folder)
     array: Any = zarr.open_array(store=store, mode="r")  # its metadata are either version's
     codecs = codecs_of(array.metadata.to_dict())
     if unknown := set(codecs) - KNOWN:

@@ -15,6 +15,7 @@ import fsspec
 
 from patchmill.errors import SourceError, UsageError
 from patchmill.sources.files import failure
+from patchmill.sources.patience import aside
 from patchmill.sources.refused import Unsupported
 
 __all__ = ["Objects", "checked_url", "is_url", "refusal"]
@@ -46,11 +47,11 @@ class Objects:
             raise as_os_error(error) from error
 
     async def fetch(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """`read`, for zarr. No thread of a pool waits for a client that can do without: a process can always end."""
+        """`read`, for zarr."""
         system, path = located(f"{self.url}/{key}")
         try:
             if not system.async_impl:
-                return bytes(await asyncio.to_thread(system.cat_file, path, start=start, end=stop))
+                return bytes(await aside(system.cat_file, path, start=start, end=stop))
             running = asyncio.run_coroutine_threadsafe(system._cat_file(path, start=start, end=stop), system.loop)
             return bytes(await asyncio.wrap_future(running))
         except Exception as error:  # each client has errors of its own

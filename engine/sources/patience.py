@@ -1,8 +1,11 @@
 """Waiting for storage, but not for ever: a dead mount answers no read, and no read can be taken back."""
 
+import asyncio
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -13,13 +16,16 @@ from jaxtyping import Bool, Float64, Int32, UInt8
 from patchmill.errors import TransientError
 from patchmill.types import Fit, ImageSet, Level, Slide, Volume
 
-__all__ = ["READ_TIMEOUT", "Patience", "PatientImages", "PatientSlide", "PatientVolume", "beat"]
+__all__ = ["READ_TIMEOUT", "Patience", "PatientImages", "PatientSlide", "PatientVolume", "aside", "beat", "give_up"]
 
 READ_TIMEOUT = 120.0  # seconds; NFS with its usual `hard` mount retries for ever
 Value = TypeVar("Value")
 
 
 _waiting = threading.local()  # .patience: whose thread this is
+_given_up: Future[None] = Future()  # done once nobody shall wait any more
+_idle: list[SimpleQueue[Callable[[], None]]] = []  # of threads that `aside` has started and that have nothing to do
+os.register_at_fork(after_in_child=_idle.clear)
 
 
 def beat() -> None:
@@ -27,6 +33,54 @@ def beat() -> None:
     patience: Patience | None = getattr(_waiting, "patience", None)
     if patience is not None:
         patience.beat()
+
+
+def give_up() -> None:
+    """End all waits of this process that are under way, with TransientError, as where a run is stopped."""
+    global _given_up
+    ended, _given_up = _given_up, Future()
+    ended.set_result(None)
+
+
+async def aside(function: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
+    """What a function that may wait for storage returns, for coroutines. Raises what it raises.
+
+    It runs on a daemon thread, of which there are as many as calls under way: threads of an executor are joined when
+    the process ends, and a few that are stuck leave none to others.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Value] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if answer.done():  # cancelled
+            return
+        if error is None:
+            answer.set_result(value)
+        else:
+            answer.set_exception(error)
+
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = function(*args, **kwargs)
+        except BaseException as raised:  # noqa: BLE001 - raised where it is waited for
+            error = raised
+        with suppress(RuntimeError):  # the loop has been closed: the process ends
+            loop.call_soon_threadsafe(settle, value, error)
+
+    try:
+        queue = _idle.pop()
+    except IndexError:
+        queue = SimpleQueue()
+        threading.Thread(target=_serve, args=(queue,), name="patchmill-aside", daemon=True).start()
+    queue.put(work)
+    return await answer
+
+
+def _serve(queue: "SimpleQueue[Callable[[], None]]") -> None:
+    while True:
+        queue.get()()
+        _idle.append(queue)
 
 
 class Patience:
@@ -42,6 +96,7 @@ class Patience:
         self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._beats = 0
         self._stalled = False
+        self._given_up = _given_up
         threading.Thread(target=self._work, name="patchmill-storage", daemon=True).start()
 
     def start(self, function: Callable[..., Value], *args: Any, **kwargs: Any) -> "Future[Value]":
@@ -54,8 +109,12 @@ class Patience:
         """What the function returned or raised; TransientError if nothing moved for `limit` seconds."""
         while not self._stalled:
             beats = self._beats
-            if wait([future], timeout=self._limit).done:
+            either: list[Future[Any]] = [future, self._given_up]
+            done = wait(either, timeout=self._limit, return_when=FIRST_COMPLETED).done
+            if future in done:
                 return future.result()
+            if done:
+                raise TransientError(self._source, "the run was stopped while its storage was read", "run again")
             self._stalled = self._beats == beats
         raise TransientError(
             self._source, f"its storage has not answered for {self._limit:g} s", "see to its disk or mount, run again"

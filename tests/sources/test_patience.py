@@ -1,5 +1,6 @@
 """Storage that never answers is given up, storage that is slow but moves is not."""
 
+import asyncio
 import threading
 import time
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from patchmill.errors import SourceError, TransientError
-from patchmill.sources import Patience, PatientSlide, content_fingerprint
+from patchmill.sources import Patience, PatientSlide, content_fingerprint, give_up
+from patchmill.sources.patience import aside
 from patchmill.testing.contracts import SlideContract
 from patchmill.testing.slides import FormulaSlide
 
@@ -80,3 +82,43 @@ def test_a_read_and_a_fetch_that_stall_fail_as_their_source():
     ):
         with Patience("s1", limit=0.2) as patience, pytest.raises(SourceError, match="s1: its storage"):
             ask(PatientSlide(slide, patience))
+
+
+def test_all_who_wait_can_be_told_to_give_up_and_later_ones_wait_again():
+    never = threading.Event()
+    with Patience("s1", limit=3600) as patience:
+        threading.Timer(0.2, give_up).start()
+        for _ in range(2):  # what goes on asks in vain
+            with pytest.raises(TransientError, match="s1: the run was stopped while its storage was read; "):
+                patience.run(never.wait)
+    with Patience("s1", limit=30) as patience:
+        assert patience.run(pow, 2, 3) == 8
+    never.set()
+
+
+def test_calls_aside_share_threads_that_no_exit_waits_for():
+    async def many() -> list[int]:
+        return await asyncio.gather(*(aside(pow, 2, n) for n in range(40)))
+
+    assert asyncio.run(many()) == [2**n for n in range(40)]
+    with pytest.raises(ValueError, match="invalid literal"):
+        asyncio.run(aside(int, "x"))
+    threads = [each for each in threading.enumerate() if each.name == "patchmill-aside"]
+    assert threads
+    assert all(each.daemon for each in threads)
+    assert asyncio.run(many())
+    assert len([each for each in threading.enumerate() if each.name == "patchmill-aside"]) <= 40
+
+
+def test_a_call_aside_that_never_ends_holds_up_no_other():
+    never = threading.Event()
+
+    async def several() -> int:
+        stuck = [asyncio.create_task(aside(never.wait)) for _ in range(64)]
+        found = await aside(pow, 2, 3)
+        for each in stuck:
+            each.cancel()
+        return found
+
+    assert asyncio.run(asyncio.wait_for(several(), 30)) == 8
+    never.set()
