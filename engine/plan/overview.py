@@ -1,10 +1,11 @@
 """A small picture of a whole slide in bounded memory, whatever the slide's size and levels."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, UInt, UInt8
 
 from patchmill.sources import read_or_none
 from patchmill.types import Slide
@@ -13,7 +14,7 @@ __all__ = ["Overview", "read_overview"]
 
 TARGET_MPP = 8.0  # µm per pixel: a nucleus is a pixel, a tile of 112 µm is 14 x 14
 MOST_PIXELS = 4 << 20  # of the picture; 16 x 16 mm at 8 µm, larger slides get a coarser one
-READ_PIXELS = 1024  # per side of the rectangles that are read
+READ_PIXELS = 1024  # per side of the rectangles that are read, about
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,59 +44,73 @@ def read_overview(slide: Slide, mpp: float = TARGET_MPP) -> Overview:
 
 
 def overview_of(slide: Slide, index: int, mpp: float) -> Overview:
-    """One level, reduced by area to about `mpp` µm per pixel, by a whole factor. Raises TransientError."""
+    """One level, reduced by area to about `mpp` µm per pixel, by a whole factor. Raises TransientError.
+
+    Rectangles are whole cells, since what lies across their edge would be decoded twice; squares that two of them
+    share are summed up from both.
+    """
     level = slide.levels[index]
     factor = max(1, int(mpp / (slide.mpp * level.downsample) + 0.05))
     factor = max(factor, math.ceil(math.sqrt(level.width * level.height / MOST_PIXELS)))
     scaled = max(each for each in level.shrinks if factor % each == 0)
     level, factor = level.shrunk(scaled), factor // scaled
-    side = factor * max(1, READ_PIXELS // factor)
+    across, down = (max(1, READ_PIXELS // side) * side for side in level.tile)
     rgb = np.empty((math.ceil(level.height / factor), math.ceil(level.width / factor), 3), np.uint8)
     unknown = np.zeros(rgb.shape[:2], bool)
-    for y in range(0, level.height, side):
-        for x in range(0, level.width, side):
-            w, h = min(side, level.width - x), min(side, level.height - y)
-            place = slice(y // factor, math.ceil((y + h) / factor)), slice(x // factor, math.ceil((x + w) / factor))
-            pixels = read_or_none(slide, index, x, y, w, h, scaled)
-            if pixels is None:
-                pixels, damaged = read_around_damage(slide, index, (x, y, w, h), level.tile, scaled)
-                unknown[place] = shrink(np.repeat(damaged[..., None], 3, axis=2), factor)[..., 0] > 0
-            rgb[place] = shrink(pixels, factor)
+    begun: UInt[np.ndarray, "b 3"] | int = 0  # sums of a row of squares that the rectangles above end within
+    for y in range(0, level.height, down):
+        bottom = min(y + down, level.height)
+        rows = slice(y // factor, math.ceil(bottom / factor))
+        sums = np.zeros((rows.stop - rows.start, rgb.shape[1], 3), np.uint8 if factor == 1 else np.uint32)
+        sums[0] += begun
+        for x in range(0, level.width, across):
+            right = min(x + across, level.width)
+            for place, pixels in pieces(slide, index, (x, y, right, bottom), level.tile, scaled):
+                left, top = place[0] // factor, place[1] // factor
+                part = square_sums(pixels, place, factor, (level.width, level.height))
+                sums[top - rows.start :][: len(part), left : left + part.shape[1]] += part
+                if pixels is None:
+                    unknown[top : top + len(part), left : left + part.shape[1]] = True
+        rgb[rows] = sums if factor == 1 else (sums + factor**2 // 2) // factor**2
+        begun = sums[-1] if bottom % factor else 0
     scale = factor * level.downsample
     return Overview(rgb, unknown, scale, slide.mpp * scale)
 
 
-def read_around_damage(
+def pieces(
     slide: Slide, index: int, rectangle: tuple[int, int, int, int], cell: tuple[int, int], scaled: int
-) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
-    """The pixels of a rectangle (x, y, width, height), white where damaged, and 255 there in a second array."""
-    x, y, width, height = rectangle
-    pixels = np.full((height, width, 3), 255, np.uint8)
-    damaged = np.zeros((height, width), np.uint8)
-    for top in range(y // cell[1] * cell[1], y + height, cell[1]):
-        for left in range(x // cell[0] * cell[0], x + width, cell[0]):
-            x0, x1 = max(left, x), min(left + cell[0], x + width)
-            y0, y1 = max(top, y), min(top + cell[1], y + height)
-            place = slice(y0 - y, y1 - y), slice(x0 - x, x1 - x)
-            part = read_or_none(slide, index, x0, y0, x1 - x0, y1 - y0, scaled)
-            if part is None:
-                damaged[place] = 255
-            else:
-                pixels[place] = part
-    return pixels, damaged
+) -> Iterator[tuple[tuple[int, int, int, int], UInt8[np.ndarray, "h w 3"] | None]]:
+    """The pixels of a rectangle (left, top, right, bottom), cell by cell where a part is damaged; None for such."""
+    left, top, right, bottom = rectangle
+    pixels = read_or_none(slide, index, left, top, right - left, bottom - top, scaled)
+    if pixels is not None or (right - left <= cell[0] and bottom - top <= cell[1]):
+        yield rectangle, pixels
+        return
+    for y in range(top, bottom, cell[1]):
+        for x in range(left, right, cell[0]):
+            yield from pieces(slide, index, (x, y, min(x + cell[0], right), min(y + cell[1], bottom)), cell, scaled)
 
 
-def shrink(pixels: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray, "a b 3"]:
-    """Means of squares of `factor` pixels, rounded half up; squares cut off by an edge are filled with its pixels."""
+def square_sums(
+    pixels: UInt8[np.ndarray, "h w 3"] | None, place: tuple[int, int, int, int], factor: int, size: tuple[int, int]
+) -> UInt[np.ndarray, "a b 3"]:
+    """What a rectangle (left, top, right, bottom) adds to the squares of `factor` pixels that it touches.
+
+    pixels: None is white. size: of the level. Squares cut off by its edge are filled with its pixels.
+    """
+    left, top, right, bottom = place
+    if pixels is None:
+        pixels = np.full((bottom - top, right - left, 3), 255, np.uint8)
     if factor == 1:
         return pixels
+    if left % factor or top % factor:
+        pixels = np.pad(pixels, ((top % factor, 0), (left % factor, 0), (0, 0)))
+    if right % factor or bottom % factor:
+        for axis, end in enumerate((bottom, right)):
+            widths = [(0, -end % factor if each == axis else 0) for each in range(3)]
+            pixels = np.pad(pixels, widths, mode="edge" if end == size[1 - axis] else "constant")
     h, w, _ = pixels.shape
-    if h % factor or w % factor:
-        pixels = np.pad(pixels, ((0, -h % factor), (0, -w % factor), (0, 0)), mode="edge")
-        h, w, _ = pixels.shape
     small = np.uint16 if factor <= 257 else np.uint32  # 257 * 255 is the largest sum of a column that 16 bits hold
-    down = pixels.reshape(h // factor, factor, w * 3).sum(axis=1, dtype=small)  # rows first: contiguous in memory
-    sums = down.reshape(h // factor, w // factor, factor, 3).sum(axis=2, dtype=np.uint32)
-    area = factor * factor
-    means: UInt8[np.ndarray, "a b 3"] = ((sums + area // 2) // area).astype(np.uint8)
-    return means
+    columns = pixels.reshape(h // factor, factor, w * 3).sum(axis=1, dtype=small)  # rows first: contiguous in memory
+    sums: UInt[np.ndarray, "a b 3"] = columns.reshape(h // factor, w // factor, factor, 3).sum(axis=2, dtype=np.uint32)
+    return sums

@@ -1,10 +1,11 @@
 import math
 import tracemalloc
+from collections import Counter
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from patchmill.archive.plans import load_plan, plan_files
@@ -190,6 +191,53 @@ def test_the_overview_is_a_mean_of_squares(shape):
     for v, u in np.ndindex(shape[0] // 16, shape[1] // 16):
         square = pixels[v * 16 : v * 16 + 16, u * 16 : u * 16 + 16].reshape(-1, 3)
         assert np.abs(overview.rgb[v, u] - square.mean(axis=0)).max() <= 0.5
+
+
+class Cells(ArraySlide):
+    """A slide of cells of any size, some of them damaged, that counts how often each is read."""
+
+    def __init__(self, pixels, mpp, cell, damaged=()):
+        super().__init__(pixels, mpp)
+        self.levels = (replace(self.levels[0], tile=cell),)
+        self.read_cells, self.damaged = Counter(), damaged
+
+    def read(self, level, x, y, width, height, shrink=1):
+        w, h = self.levels[0].tile
+        touched = [
+            (i, j) for i in range(x // w, (x + width - 1) // w + 1) for j in range(y // h, -(-(y + height) // h))
+        ]
+        if any(each in self.damaged for each in touched):
+            raise SourceError("s1", "undecodable", "copy it")
+        self.read_cells.update(touched)
+        return super().read(level, x, y, width, height)
+
+
+@given(
+    st.integers(1, 160),
+    st.integers(1, 160),
+    st.tuples(st.integers(8, 70), st.integers(8, 70)),
+    st.integers(1, 40),
+    st.sets(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=3),
+)
+@settings(deadline=None, max_examples=80)
+def test_the_overview_equals_its_definition_and_reads_every_cell_once(width, height, cell, factor, damaged):
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    slide = Cells(pixels, 8 / factor, cell, damaged)
+    whole = np.zeros((height, width), bool)
+    for column, row in damaged:
+        place = np.s_[row * cell[1] : (row + 1) * cell[1], column * cell[0] : (column + 1) * cell[0]]
+        whole[place], pixels[place] = True, 255
+    edges = ((0, -height % factor), (0, -width % factor))
+    squares = np.pad(pixels, (*edges, (0, 0)), mode="edge").astype(int)
+    squares = squares.reshape(-(-height // factor), factor, -(-width // factor), factor, 3)
+    lost = np.pad(whole, edges).reshape(squares.shape[:4]).any(axis=(1, 3))
+    assume(not lost.all())  # then level 0 is asked what is wrong with it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("patchmill.plan.overview.READ_PIXELS", 64)
+        overview = read_overview(slide)
+    assert np.array_equal(overview.rgb, (squares.sum(axis=(1, 3)) + factor**2 // 2) // factor**2)
+    assert np.array_equal(overview.unknown, lost)
+    assert set(slide.read_cells.values()) == {1}
 
 
 def test_the_overview_comes_from_the_coarsest_level_that_is_fine_enough():
