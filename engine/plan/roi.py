@@ -15,16 +15,17 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import h5py
 import numpy as np
-from jaxtyping import Bool, Float64, Int, Int64, UInt8
+from jaxtyping import Float64, Int, Int64
 from PIL import Image
 
 from patchmill.errors import SourceError
+from patchmill.kernels.polygons import fill_polygons
 from patchmill.plan.tissue import TissueMask
 from patchmill.sources import failure
 from patchmill.types import Slide, SourceRef
@@ -129,7 +130,7 @@ def polygons_in(content: bytes, source: str) -> list[Rings]:
     """All polygons of a GeoJSON text: a geometry, a feature, a collection of either, or a plain list of them."""
     do = "export annotations from QuPath as GeoJSON, in pixels"
     try:
-        found = list(polygons_of(json.loads(content)))
+        found = list(polygons_of(json.loads(content, object_hook=packed)))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise SourceError(source, f"its mask is no GeoJSON ({type(error).__name__})", do) from error
     if not found:
@@ -137,8 +138,26 @@ def polygons_in(content: bytes, source: str) -> list[Rings]:
     return found
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A polygon of a JSON text, read."""
+
+    rings: Rings
+
+
+def packed(value: dict[str, Any]) -> Any:
+    """Makes arrays of a polygon while a text is read: millions of lists keep the collector of garbage busy."""
+    if value.get("type") == "Polygon":
+        with suppress(ValueError, TypeError, KeyError, IndexError, OverflowError):  # it may be one that is left out
+            return Packed(rings_of(value["coordinates"]))
+    return value
+
+
 def polygons_of(value: Any) -> Iterator[Rings]:
     """The polygons in a JSON value; points and lines have no area and are passed over."""
+    if isinstance(value, Packed):
+        yield value.rings
+        return
     if isinstance(value, list):
         for each in value:
             yield from polygons_of(each)
@@ -154,7 +173,7 @@ def polygons_of(value: Any) -> Iterator[Rings]:
             if value.get("geometry") is not None and not name.endswith("*"):
                 yield from polygons_of(value["geometry"])
         case "Polygon":
-            yield rings_of(value["coordinates"])
+            yield rings_of(value["coordinates"])  # raises what is wrong with it
         case "MultiPolygon":
             yield from map(rings_of, value["coordinates"])
 
@@ -171,47 +190,13 @@ def drawn(polygons: list[Rings], slide: Slide, source: str) -> TissueMask:
     """Polygons as a mask of about 2 µm per pixel; a pixel belongs to a polygon that holds its centre."""
     shape, scale = grid_of(slide)
     tissue = np.zeros(shape, bool)
-    for rings in polygons:
-        fill(tissue, [ring / scale for ring in rings])
+    rings = [ring for each in polygons for ring in each]
+    ends = (np.cumsum([0, *map(len, parts)]) for parts in (rings, polygons))
+    fill_polygons(tissue, np.concatenate(rings) / scale, *ends)
     if not tissue.any():
         do = "export annotations of this slide, in pixels of its finest level"
         raise SourceError(source, f"none of the {len(polygons)} polygons of its mask lies on it", do)
     return TissueMask(tissue, scale)
-
-
-def fill(mask: Bool[np.ndarray, "h w"], rings: Rings) -> None:
-    """Set the pixels of a mask whose centres lie in a polygon, by the even-odd rule.
-
-    rings: in pixels of the mask. Along the line of centres of a row, every edge that crosses it turns inside into
-    outside for all that follows.
-    """
-    start, end = np.concatenate(rings), np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
-    size = mask.shape[::-1]
-    low = np.clip(np.floor(start.min(axis=0)), 0, size).astype(int)
-    high = np.clip(np.ceil(start.max(axis=0)) + 1, 0, size).astype(int)
-    if (low >= high).any():
-        return
-    rows = np.sort(np.clip(np.ceil(np.stack([start[:, 1], end[:, 1]]) - 0.5), low[1], high[1]).astype(int), axis=0)
-    turns: UInt8[np.ndarray, "a b"] = np.zeros((high[1] - low[1], high[0] - low[0] + 1), np.uint8)
-    crossings = rows[1] - rows[0]
-    for first, last in runs(crossings):
-        edge = np.repeat(np.arange(first, last), crossings[first:last])
-        before = np.cumsum(crossings[first:last]) - crossings[first:last]
-        row = rows[0][edge] + np.arange(len(edge)) - before[edge - first]
-        (x0, y0), (x1, y1) = start[edge].T, end[edge].T
-        x = x0 + (row + 0.5 - y0) * ((x1 - x0) / (y1 - y0))
-        column = np.clip(np.ceil(x - 0.5), low[0], high[0]).astype(int)
-        np.bitwise_xor.at(turns.ravel(), (row - low[1]) * turns.shape[1] + column - low[0], 1)
-    inside = np.bitwise_xor.accumulate(turns, axis=1)[:, :-1].astype(bool)
-    mask[low[1] : high[1], low[0] : high[0]] |= inside
-
-
-def runs(crossings: Int64[np.ndarray, " n"]) -> Iterator[tuple[int, int]]:
-    """Edges in runs of about a million crossings, so that memory stays bounded."""
-    if crossings.any():
-        group = (np.cumsum(crossings) - crossings) >> 20
-        cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(crossings)]
-        yield from pairwise(cuts)
 
 
 # ---------------------------------------------------------------------------------------------------- lists of tiles

@@ -15,8 +15,9 @@ from skimage.measure import grid_points_in_poly
 from patchmill.archive.plans import load_plan, plan_files
 from patchmill.errors import SourceError, UsageError
 from patchmill.kernels import pack
+from patchmill.kernels.polygons import fill_polygons
 from patchmill.plan import Roi, blocks, plan_slide
-from patchmill.plan.roi import fill, mask_in, tiles_in
+from patchmill.plan.roi import mask_in, tiles_in
 from patchmill.query.tiles import read_tile
 from patchmill.sources import Patience, PatientSlide
 from patchmill.stream.clock import StageClock
@@ -66,20 +67,40 @@ def clam(corners, tile=64, level=0, downsample=(1.0, 1.0), size=(2000, 1500)):
 # ------------------------------------------------------------------------------------------------------------ masks
 
 
-@given(st.lists(st.tuples(st.floats(-9, 49), st.floats(-9, 39)), min_size=3, max_size=9))
+def fill(mask, *polygons):
+    """polygons: each a list of rings."""
+    rings = [np.array(ring, np.float64) for polygon in polygons for ring in polygon]
+    ends = (np.cumsum([0, *map(len, parts)]) for parts in (rings, polygons))
+    fill_polygons(mask, np.concatenate(rings), *ends)
+
+
+RING = st.lists(st.tuples(*[st.one_of(st.integers(-9, 49), st.floats(-9, 49))] * 2), min_size=1, max_size=9)
+
+
+@given(st.lists(st.lists(RING, min_size=1, max_size=3), min_size=1, max_size=3))
 @settings(deadline=None, max_examples=150)
-def test_polygons_are_filled_as_their_definition_says(points):
+def test_polygons_are_filled_as_their_definition_says(polygons):
     """Even-odd, by pixel centres: counted edge by edge for every pixel, in plain Python."""
     mask = np.zeros((30, 40), bool)
-    fill(mask, [np.array(points)])
+    fill(mask, *polygons)
     for row in range(30):
         for column in range(40):
             x, y = column + 0.5, row + 0.5
-            left = 0
-            for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
-                if (y0 <= y) != (y1 <= y) and x0 + (y - y0) * ((x1 - x0) / (y1 - y0)) <= x:
-                    left += 1
-            assert mask[row, column] == left % 2
+            left = [0] * len(polygons)
+            for number, rings in enumerate(polygons):
+                for points in rings:
+                    for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
+                        if (y0 <= y) != (y1 <= y) and x0 + (y - y0) * ((x1 - x0) / (y1 - y0)) <= x:
+                            left[number] += 1
+            assert mask[row, column] == any(count % 2 for count in left)
+
+
+@pytest.mark.parametrize(
+    ("rings", "polygons"), [([0, 3], [0, 2]), ([0, 4], [0, 1]), ([0, 2], [0, 1]), ([0, 5, 3], [0, 2]), ([], [0])]
+)
+def test_rings_that_leave_their_points_are_refused(rings, polygons):
+    with pytest.raises(ValueError, match="one after the other"):
+        fill_polygons(np.zeros((3, 4), bool), np.zeros((3, 2)), np.array(rings, int), np.array(polygons, int))
 
 
 def test_a_convex_polygon_agrees_with_scikit_image():
@@ -130,6 +151,7 @@ def test_ignored_classes_points_and_empty_geometries_are_no_tissue():
     features = [
         polygon(square(0, 0, 128, 128), name="Tissue"),
         polygon(square(640, 640, 1280, 1280), name="Ignore*"),
+        polygon([["no", "points"]], name="Broken*"),
         {"type": "Feature", "properties": None, "geometry": {"type": "Point", "coordinates": [900, 900]}},
         {"type": "Feature", "geometry": None},
     ]
