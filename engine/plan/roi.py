@@ -233,7 +233,7 @@ def listed_in(content: bytes, source: str) -> tuple[Int[np.ndarray, "n 2"], Mapp
             if data.shape[0] > MOST_TILES:
                 raise SourceError(source, f"its list has {data.shape[0]} tiles", f"give at most {MOST_TILES}")
             return np.asarray(data[()]), dict(data.attrs)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
         raise SourceError(source, f"its list of tiles cannot be read ({type(error).__name__})", FROM) from error
 
 

@@ -303,6 +303,14 @@ def test_coords_that_are_not_small_and_in_the_file_are_not_read(tmp_path, kind):
     assert caught.value.wrong in ("its list has 1000000000 tiles", "its coords lie in another file")
 
 
+def test_an_address_beyond_all_files_is_refused():
+    content = bytearray(trident([[0, 0], [64, 64]]).content)
+    assert content[48:56] == b"\xff" * 8  # of the superblock: where a driver's block is, nowhere
+    content[48:56] = (1 << 63).to_bytes(8, "little")
+    with pytest.raises(SourceError, match="its list of tiles cannot be read"):
+        tiles_in(Roi(".h5", bytes(content)), FormulaSlide(2000, 1500, mpp=0.5), "s1")
+
+
 def test_polygons_beyond_all_numbers_are_cut_at_the_slide():
     mask = np.zeros((30, 40), bool)
     fill(mask, [np.array([[-1e300, -1e300], [1e300, -1e300], [1e300, 1e300], [-1e300, 1e300]])])
