@@ -7,6 +7,7 @@ torch/serialization.py and torch/_utils.py.
 import errno
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -36,6 +37,7 @@ STORAGES: Mapping[
 }
 NESTED = ("teacher", "state_dict", "model", "params")  # where training code puts the state dict, in order of preference
 MOST_DESCRIBING = 64 << 20  # bytes of the pickle that describes the tensors; that of 7B has 0.2 MB
+MEMO = ("PUT", "BINPUT", "LONG_BINPUT")  # opcodes that name a place in the unpickler's memo
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
@@ -120,8 +122,9 @@ def refusing() -> Iterator[None]:
         if error.errno != errno.EINVAL:  # a place outside the file, which its directory names
             raise
         raise RefusedError("is damaged or no .pth file (OSError)") from error
-    # A hostile pickle can make the unpickler raise nearly anything.
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+    # A hostile pickle can make the unpickler raise nearly anything; of a zip archive that is encrypted or of another
+    # version, zipfile raises RuntimeError.
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise RefusedError(f"is damaged or no .pth file ({type(error).__name__})") from error
 
 
@@ -145,6 +148,21 @@ class _Unpickler(pickle.Unpickler):
             ):
                 return _Storage(key, dtype, count)
         raise RefusedError("names a storage in an unknown way")
+
+
+def _unpickled(file: BinaryIO) -> object:
+    """The next pickle of a file. Raises RefusedError for one that would take more memory than it has bytes.
+
+    The unpickler's memo is an array up to the greatest place that is named, and an honest pickle fills it in order.
+    """
+    start = file.tell()
+    for count, (opcode, place, position) in enumerate(pickletools.genops(file)):
+        if opcode.name in MEMO and isinstance(place, int) and place > count:
+            raise RefusedError("remembers more than it describes")
+        if position is not None and position - start > MOST_DESCRIBING:
+            raise RefusedError("describes more than weights can have")
+    file.seek(start)
+    return _Unpickler(file).load()
 
 
 def _rebuild_tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> _Tensor:
@@ -182,20 +200,20 @@ def _zip(path: Path) -> tuple[object, Storages]:
             )
         return _numbers(archive.read(member), storage)
 
-    return _Unpickler(io.BytesIO(archive.read(pickles[0]))).load(), read
+    return _unpickled(io.BytesIO(archive.read(pickles[0]))), read
 
 
 def _legacy(file: BinaryIO) -> tuple[object, Storages]:
     """The format before torch 1.6: magic, protocol, platform, the state, the storages' keys, then their bytes."""
     file.seek(0)
-    if _Unpickler(file).load() != LEGACY_MAGIC or _Unpickler(file).load() != LEGACY_PROTOCOL:
+    if _unpickled(file) != LEGACY_MAGIC or _unpickled(file) != LEGACY_PROTOCOL:
         raise RefusedError("is no .pth file")
-    platform = _Unpickler(file).load()
+    platform = _unpickled(file)
     if not isinstance(platform, dict) or platform.get("little_endian") is not True:
         raise RefusedError("was written on a big-endian machine")
-    described = _Unpickler(file).load()
-    keys = _Unpickler(file).load()
-    if not isinstance(described, dict):
+    described = _unpickled(file)
+    keys = _unpickled(file)
+    if not isinstance(described, dict) or not isinstance(keys, list):
         raise RefusedError("is no dictionary of tensors")
     known = {value.storage.key: value.storage for value in described.values() if isinstance(value, _Tensor)}
     blocks: dict[str, np.ndarray] = {}

@@ -4,6 +4,7 @@ import collections
 import io
 import os
 import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchmill.encoders import torchfile
 from patchmill.encoders.torchfile import RefusedError, TorchFile
 
 ZIP, LEGACY = True, False
@@ -173,6 +175,15 @@ def test_damaged_files_are_refused_or_read_but_never_crash(new, data, tmp_path_f
     assert all(isinstance(array, np.ndarray) for array in found.values())
 
 
+@pytest.mark.parametrize(("place", "value"), [(6, 99), (8, 1)])  # in its entry of the directory
+def test_an_archive_of_another_version_or_encrypted_is_refused(place, value, tmp_path):
+    damaged = bytearray(WHOLE[ZIP])
+    entry = damaged.index(b"PK\x01\x02")
+    damaged[entry + place] = value
+    with pytest.raises(RefusedError, match=r"no \.pth file"):
+        read(bytes(damaged), tmp_path)
+
+
 @both
 def test_every_truncation_of_a_file_is_refused(new, tmp_path):
     whole = WHOLE[new]
@@ -216,3 +227,24 @@ def test_a_description_that_is_a_bomb_is_refused_unread(tmp_path):
             copy.writestr(name, bytes(100 << 20) if name.endswith("data.pkl") else source.read(name))
     with pytest.raises(RefusedError, match="describes more than weights can have"):
         read(target.getvalue(), tmp_path)
+
+
+@pytest.mark.parametrize("opcode", [b"r" + struct.pack("<I", 1 << 30), b"p1073741824\n"])
+def test_a_memo_that_is_larger_than_the_description_is_refused_unmade(opcode, tmp_path):
+    """The unpickler would make an array with that many places, of 8 bytes each, for a file of 200 bytes."""
+    hostile = b"\x80\x02}" + opcode + b"."
+    changed = rewritten(saved({"a": torch.zeros(2)}, ZIP), lambda pickled: hostile)
+    with pytest.raises(RefusedError, match="remembers more than it describes"):
+        read(changed, tmp_path)
+    old = saved({}, LEGACY)
+    described = pickle.dumps({}, 2)
+    assert old.count(described) == 1
+    with pytest.raises(RefusedError, match="remembers more than it describes"):
+        read(old.replace(described, hostile), tmp_path)
+
+
+def test_an_old_file_whose_description_has_no_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchfile, "MOST_DESCRIBING", 500)
+    endless = {f"weight {number}": 0 for number in range(100)}
+    with pytest.raises(RefusedError, match="describes more than weights can have"):
+        read(saved(endless, LEGACY), tmp_path)
