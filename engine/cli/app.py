@@ -445,6 +445,9 @@ def encoders(
         return 0
     if check is not None and export is not None:
         raise UsageError("--export", "--check was given too", "give one of the two")
+    if not name:
+        option = "--check" if check is not None else "--export"
+        raise UsageError(option, "it names no encoder", "give a name that `patchmill encoders` lists")
     settings = EncodeSettings(
         encoder=name,
         weights=str(weights) if weights else None,

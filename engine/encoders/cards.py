@@ -7,6 +7,7 @@ file of weights comes from timm, transformers or Meta's code needs nothing else,
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
@@ -235,10 +236,22 @@ def _theirs(folder: Path) -> Mapping[str, Card]:
     return found
 
 
+class _Facts(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML whose tables have each fact once; PyYAML would take the last one, in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for name, count in counts.items():
+                if count > 1:
+                    raise msgspec.ValidationError(f"{name} is given {'twice' if count == 2 else f'{count} times'}")
+        return super().construct_mapping(node, deep)
+
+
 def read_card(where: str, text: str) -> Card:
     """A card from its YAML. Raises EncoderError that names the fact that is missing, unknown or of the wrong type."""
     try:
-        facts = yaml.safe_load(text)
+        facts = yaml.load(text, _Facts)
         if not isinstance(facts, dict):
             raise msgspec.ValidationError("it is no table of facts")
         given = facts.get("architecture")

@@ -89,7 +89,7 @@ class CudaEncoder:
         try:
             list(self._pool.map(encode, range(0, len(pixels), self._chunk)))
         except RUNTIME_ERRORS as error:
-            wrong, do = f"the GPU failed ({type(error).__name__})", "use a smaller --batch, or --runtime torch"
+            wrong, do = f"the GPU failed ({type(error).__name__})", "use a smaller --batch, or another --runtime"
             raise EncoderError(self.spec.name, wrong, do) from error
         return vectors
 
@@ -129,7 +129,7 @@ def tensorrt_options(spec: EncoderSpec, chunk: int, folder: Path) -> dict[str, s
 def _saved(spec: EncoderSpec, model: Model, chunk: int, device: Gpu, version: str) -> tuple[Path, dict[str, str]]:
     """The graph as a file in the folder of its engine, since weights above 2 GB travel by file, and the options."""
     if wrong := tensorrt_findings(model):
-        raise EncoderError(spec.name, f"TensorRT has no {wrong[0]}", "use --runtime torch or cuda")
+        raise EncoderError(spec.name, f"TensorRT has no {wrong[0]}", "use another --runtime")
     folder = cache_folder() / "engines" / engine_key(spec, model, chunk, device, version)
     file = folder / "graph.onnx"
     try:
@@ -153,6 +153,6 @@ def _tensorrt_version(name: str) -> str:
             for part in TENSORRT
         )
     except OSError as error:
-        do = "pip install 'tensorrt-cu13<11', or use --runtime torch"
+        do = "pip install 'tensorrt-cu13<11', or use another --runtime"
         raise EncoderError(name, f"TensorRT cannot be loaded: {str(error)[:100]}", do) from error
     return str(library.getInferLibVersion())

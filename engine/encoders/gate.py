@@ -185,10 +185,11 @@ def _looked_at(encoder: Encoder) -> tuple[bool, bool, float, dict[str, Float[np.
     return finite, batch_equal, len(full) / seconds, found
 
 
-def refusal(report: GateReport) -> EncoderError:
-    """The error for a report that did not pass, with its figures."""
+def refusal(report: GateReport, *, foreign: bool = False) -> EncoderError:
+    """The error for a report that did not pass, with its figures. foreign: its graph is not ours."""
     wrong = f"the gate refuses {report.precision} on this machine: {report.text()}"
     do = "use another --runtime, or another version of it" if report.precision == "fp32" else "use --precision fp32"
+    do = "export the graph again, or use another version of ONNX Runtime" if foreign else do
     return EncoderError(report.encoder, wrong, do)
 
 

@@ -279,7 +279,7 @@ def _first_that_passes(
             return encoder, report
         encoder.close()
         refused = f", {precision} was refused: {report.text()}"
-    raise refusal(report)
+    raise refusal(report, foreign=isinstance(weights, Model))
 
 
 def _judged(

@@ -63,7 +63,7 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 def shards_of(index: Path) -> list[Path]:
-    """The files that an index names, all beside it. Raises RefusedError, OSError."""
+    """The files that an index names, all beside it. Raises RefusedError where one is missing, and OSError."""
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -71,6 +71,8 @@ def shards_of(index: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or not PART.fullmatch(name):
             raise RefusedError(f"names {str(name)[:80]!r}, which is no safetensors file beside it")
-        if (index.parent / name).exists() and not (index.parent / name).is_file():  # a pipe would block for ever
+        if not (index.parent / name).exists():  # needed or not: all of them are what identifies the weights
+            raise RefusedError(f"names {name}, which is not beside it")
+        if not (index.parent / name).is_file():  # a pipe would block for ever
             raise RefusedError(f"names {name}, which is no regular file")
     return [index.parent / name for name in names]

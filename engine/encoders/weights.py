@@ -84,7 +84,7 @@ def find(card: Card) -> Located | None:
 def _whole(path: Path) -> bool:
     """Whether a file is there; of an index, whether all parts are."""
     try:
-        return path.is_file() and (not path.name.endswith(INDEX) or all(part.is_file() for part in shards_of(path)))
+        return all(part.is_file() for part in (shards_of(path) if path.name.endswith(INDEX) else [path]))
     except (RefusedError, OSError):
         return False
 

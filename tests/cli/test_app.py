@@ -94,6 +94,8 @@ def test_every_verb_takes_json(verb):
         ("query A", "query: one thing to search for is needed; give --image FILE, or --source ID --at X,Y"),
         ("query A --image a.png --source a.tif --at 1,1", "query: one thing to search for is needed"),
         ("query A --source a.tif", "query: one thing to search for is needed"),
+        ("encoders --check=", "--check: it names no encoder; give a name that `patchmill encoders` lists"),
+        ("encoders --export= --onnx a.onnx", "--export: it names no encoder; give a name"),
         ("encoders --check resnet", "no encoder is called 'resnet'; use one of biomedclip, "),
         ("demo taken", "taken: this folder cannot be made (FileExistsError); name another one"),
     ],

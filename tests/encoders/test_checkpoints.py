@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from patchmill.encoders.cards import card
 from patchmill.encoders.checkpoints import load
 from patchmill.encoders.keys import layouts
+from patchmill.encoders.weights import sha256_of
 from patchmill.errors import EncoderError
 
 
@@ -221,9 +222,23 @@ def test_weights_in_parts_are_read_from_all_of_them(small, small_weights, state,
     weights = load(index, small)
     assert all(np.array_equal(weights[name], small_weights[name]) for name in small_weights)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    assert "safetensors" in refused(index, small)
+    assert "names model-00002-of-00002.safetensors, which is not beside it" in refused(index, small)
     index.write_text("[]")
     assert "is no index of safetensors files" in refused(index, small)
+
+
+def test_a_part_of_which_nothing_is_needed_is_wanted_too(small, state, tmp_path):
+    """All parts together are what an encoder's key tells: with one left out it would be another's."""
+    index = tmp_path / "model.safetensors.index.json"
+    names = dict.fromkeys(state, "one.safetensors") | {"mask_token": "two.safetensors"}
+    save_file({key: tensor for key, tensor in state.items() if "mask_token" not in key}, tmp_path / "one.safetensors")
+    index.write_text(json.dumps({"weight_map": names}))
+    wrong = "names two.safetensors, which is not beside it; get the weights again"
+    assert wrong in refused(index, small)
+    with pytest.raises(EncoderError, match=wrong):
+        sha256_of(index)
+    save_file({"mask_token": torch.zeros(1, 1, 384)}, tmp_path / "two.safetensors")
+    assert load(index, small)["cls"].shape == (384,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

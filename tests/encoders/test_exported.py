@@ -323,3 +323,17 @@ def test_what_onnx_runtime_says_is_told_without_its_own_source(folder):
     line = refused(open_encoder, SETTINGS)
     assert "999" in line
     assert "onnxruntime_src" not in line
+
+
+def test_a_refusal_names_no_runtime_that_its_graph_does_not_have(folder):
+    """Noise inside, which no runtime gives twice."""
+    noise = [
+        helper.make_node("RandomNormalLike", ["x"], ["noise"]),
+        helper.make_node("Add", ["x", "noise"], ["noisy"]),
+    ]
+    made = graph(nodes=noise)
+    made.graph.node[2].input[0] = "noisy"
+    onnx.save(made, folder / "my-net.onnx")
+    with pytest.raises(EncoderError, match="the gate refuses fp32") as caught:
+        open_gated(SETTINGS)
+    assert caught.value.do == "export the graph again, or use another version of ONNX Runtime"
