@@ -1,6 +1,7 @@
 """The arrays of one encoder on one plan: their metadata, their files, and the rows that go into them."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float16, Float32, UInt8
 
 from patchmill.archive.arrays import array_document, attributes_of, encode, group_document
-from patchmill.archive.layout import features_folder, plan_folder
+from patchmill.archive.layout import OUTPUT, features_folder, plan_folder
 from patchmill.archive.records import seal, unseal
 from patchmill.archive.shards import chunking
 from patchmill.archive.whole import POOLS, WHOLE
@@ -98,7 +99,7 @@ class Features:
 def features_of(plan: str, rows: int, spec: EncoderSpec, shard_rows: int) -> Features:
     """What the metadata of an encoder's arrays has to say. Raises ArchiveError for a name that no array may have."""
     for name in spec.outputs:
-        if not (name.isascii() and name.isidentifier() and name.islower()) or name in (VALID, TOKEN, WHOLE):
+        if not re.fullmatch(OUTPUT, name) or name in (VALID, TOKEN, WHOLE):
             raise ArchiveError(spec.name, f"no array may be called {name!r}", "give the output another name")
     attributes = {
         "architecture": dict(spec.architecture),

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 __all__ = [
+    "OUTPUT",
     "commit_file",
     "completion_file",
     "encoder_file",
@@ -22,10 +23,11 @@ __all__ = [
 
 DATA = "data.zarr"  # one Zarr 3 store per source
 KEY = "[0-9a-f]{16}"
+OUTPUT = "[a-z][a-z0-9_-]*"  # what an output may be called
 KNOWN = re.compile(
     rf"{DATA}/zarr\.json"
     rf"|{DATA}/{KEY}/(zarr\.json|(coords|items)/(zarr\.json|c\.0\.0)|tissue/(zarr\.json|c\.0)|features/zarr\.json)"
-    rf"|{DATA}/{KEY}/features/{KEY}/(zarr\.json|valid/(zarr\.json|c\.\d+)|whole/(zarr\.json|[a-z][a-z0-9_]*/(zarr\.json|c\.0\.0))|[a-z][a-z0-9_]*/(zarr\.json|c\.\d+\.0(\.0\.0)?))"
+    rf"|{DATA}/{KEY}/features/{KEY}/(zarr\.json|valid/(zarr\.json|c\.\d+)|whole/(zarr\.json|{OUTPUT}/(zarr\.json|c\.0\.0))|{OUTPUT}/(zarr\.json|c\.\d+\.0(\.0\.0)?))"
     rf"|commits/{KEY}/(plan\.json|{KEY}/(\d+|complete)\.json)"
 )
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchmill.archive import Archive, Disk, verify
+from patchmill.encoders.cards import cards
 from patchmill.errors import ArchiveError, SourceError, TransientError
 from patchmill.testing.archives import plan_of, spec_of
 from patchmill.types import PlanSettings, Shard
@@ -213,8 +214,23 @@ def test_outputs_of_an_encoder_stay_the_same(small):
     assert spec.key == small.spec.key
     with pytest.raises(ArchiveError, match=r"with outputs \['cls', 'mean'"):
         small.store.begin(small.plan.key, spec, 16)
-    with pytest.raises(ArchiveError, match="no array may be called 'valid'"):
-        small.store.begin(small.plan.key, spec_of({"valid": 2}), 16)
+    for name in ("valid", "token", "Cls", "../cls", "-cls", "_cls", "cls mean", "µ", ""):
+        with pytest.raises(ArchiveError, match=f"no array may be called {name!r}"):
+            small.store.begin(small.plan.key, spec_of({name: 2}), 16)
+
+
+def test_the_outputs_of_every_encoder_can_be_arrays(tmp_path, small_of):
+    """Virchow2's cls-mean among them."""
+    names = {name for each in cards().values() for name in each.outputs}
+    assert "cls-mean" in names
+    small = small_of(tmp_path / "A")
+    small.spec = spec_of(dict.fromkeys(sorted(names), 3))
+    small.keys = (small.plan.key, small.spec.key)
+    small.vectors = {name: np.full((41, 3), number, np.float32) for number, name in enumerate(small.spec.outputs)}
+    small.embed()
+    assert verify(small.archive) == []
+    for name in names:
+        np.testing.assert_array_equal(small.store.read(*small.keys, name)[0], small.expected(name))
 
 
 def test_two_plans_and_two_encoders_side_by_side(small):
