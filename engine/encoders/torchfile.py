@@ -131,6 +131,10 @@ def refusing() -> Iterator[None]:
 class _Unpickler(pickle.Unpickler):
     """Resolves the handful of names that a state dict needs, and refuses all others by name."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self.storages: dict[str, _Storage] = {}  # those that were named, by key
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _rebuild_tensor
@@ -146,12 +150,17 @@ class _Unpickler(pickle.Unpickler):
                 [],
                 [None],
             ):
-                return _Storage(key, dtype, count)
+                return self.storages.setdefault(key, _Storage(key, dtype, count))
         raise RefusedError("names a storage in an unknown way")
 
 
 def _unpickled(file: BinaryIO) -> object:
-    """The next pickle of a file. Raises RefusedError for one that would take more memory than it has bytes.
+    """The next pickle of a file. Raises as `_checked` does."""
+    return _checked(file).load()
+
+
+def _checked(file: BinaryIO) -> _Unpickler:
+    """For the next pickle of a file. Raises RefusedError for one that would take more memory than it has bytes.
 
     The unpickler's memo is an array up to the greatest place that is named, and an honest pickle fills it in order.
     """
@@ -162,7 +171,7 @@ def _unpickled(file: BinaryIO) -> object:
         if position is not None and position - start > MOST_DESCRIBING:
             raise RefusedError("describes more than weights can have")
     file.seek(start)
-    return _Unpickler(file).load()
+    return _Unpickler(file)
 
 
 def _rebuild_tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> _Tensor:
@@ -211,14 +220,13 @@ def _legacy(file: BinaryIO) -> tuple[object, Storages]:
     platform = _unpickled(file)
     if not isinstance(platform, dict) or platform.get("little_endian") is not True:
         raise RefusedError("was written on a big-endian machine")
-    described = _unpickled(file)
-    keys = _unpickled(file)
-    if not isinstance(described, dict) or not isinstance(keys, list):
+    describing = _checked(file)
+    described, keys = describing.load(), _unpickled(file)
+    if not isinstance(keys, list):
         raise RefusedError("is no dictionary of tensors")
-    known = {value.storage.key: value.storage for value in described.values() if isinstance(value, _Tensor)}
     blocks: dict[str, np.ndarray] = {}
     for key in keys:
-        storage = known.get(key)
+        storage = describing.storages.get(key)
         (count,) = struct.unpack("<q", file.read(8))
         if storage is None or count != storage.count:
             raise RefusedError("describes other storages than it holds")
