@@ -7,8 +7,8 @@ from math import prod
 import numpy as np
 import onnx
 
-from patchmill.encoders import convnext, efficientnet, vit
-from patchmill.encoders.cards import Architecture, ConvNeXt, EfficientNetLite, ViT, card
+from patchmill.encoders import convnext, ctnet, efficientnet, vit
+from patchmill.encoders.cards import Architecture, ConvNeXt, CTNet, EfficientNetLite, ViT, card
 from patchmill.encoders.graph import Model
 from patchmill.encoders.layout import shapes
 
@@ -48,6 +48,10 @@ def gflop(name: str, pixels: int) -> float:
             return _counted(convnext.build(arch, _Zeros(arch), pixels)) / 1e9
         case EfficientNetLite():
             return _counted(efficientnet.build(arch, _Zeros(arch), pixels)) / 1e9
+        case CTNet():
+            parts = ctnet.build(arch, _Zeros(arch)).parts
+            assert parts is not None, "it takes boxes"
+            return (arch.slices // 3 * _counted(parts[0]) + _counted(parts[1])) / 1e9
 
 
 def _counted(model: Model) -> float:

@@ -23,6 +23,7 @@ from patchmill.kernels.slices import AIR
 
 __all__ = [
     "Architecture",
+    "CTNet",
     "Card",
     "ConvNeXt",
     "EfficientNetLite",
@@ -109,6 +110,56 @@ class EfficientNetLite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CTNet:
+    """A ResNet over triples of slices, convolutions over all that it gives, and two layers: a vector of a whole CT."""
+
+    family: Literal["ctnet"]
+    step: ClassVar[int] = 1
+    dtype: ClassVar[Literal["int16"]] = "int16"
+    # Kernel and stride across the maps of the three convolutions; along the maps' channels both are 3.
+    reducing: ClassVar[tuple[tuple[int, int], ...]] = ((3, 1), (3, 1), (2, 2))
+    slices: int  # of a volume; three neighbours are the channels of one picture
+    pixels: int  # per side of a slice
+    depths: tuple[int, int, int, int]  # residual blocks per stage
+    widths: tuple[int, int, int, int]  # channels per stage
+    reduced: tuple[int, int, int]  # channels of the three convolutions over the whole volume
+    hidden: tuple[int, int]  # widths of the two layers
+    eps: float  # of every BatchNorm
+    hounsfield: tuple[float, float]  # HU are clipped to these, which then are 0 and 1
+    centre: float  # that is taken from them in 0..1
+
+    @property
+    def mean(self) -> tuple[float]:
+        """Of HU."""
+        low, high = self.hounsfield
+        return (low + self.centre * (high - low),)
+
+    @property
+    def std(self) -> tuple[float]:
+        """Of HU."""
+        low, high = self.hounsfield
+        return (high - low,)
+
+    @property
+    def only(self) -> int:
+        """The one size in pixels that the input can have."""
+        return self.pixels
+
+    @property
+    def side(self) -> int:
+        """Of the map that the ResNet makes of one picture: it halves the sides five times."""
+        return -(-self.pixels // 32)
+
+    @property
+    def features(self) -> tuple[int, int, int, int]:
+        """Shape of what the three convolutions leave: channels, depth, rows, columns."""
+        depth, side = self.widths[-1], self.side
+        for kernel, stride in self.reducing:
+            depth, side = (depth - 3) // 3 + 1, (side - kernel) // stride + 1
+        return self.reduced[-1], depth, side, side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
     """A graph in a file of its own, whose architecture only it knows."""
 
@@ -123,12 +174,13 @@ PUBLISHED = re.compile(r"[\w.-]+\*?[\w.-]*", re.ASCII)  # a file's name, with on
 MOST_PIXELS = 4096
 MOST_BYTES = 1 << 20  # of a YAML file
 
-Architecture = ViT | ConvNeXt | EfficientNetLite  # those that we author
+Architecture = ViT | ConvNeXt | EfficientNetLite | CTNet  # those that we author
 FAMILIES = {
     "dinov3-vit": ViT,
     "vit": ViT,
     "dinov3-convnext": ConvNeXt,
     "efficientnet-lite": EfficientNetLite,
+    "ctnet": CTNet,
     "onnx": Exported,
 }
 
@@ -151,6 +203,7 @@ class Expects:
 
     tile: int | None = None  # pixels per side before they are reduced to the input
     mpp: float | None = None  # micrometres per pixel of that tile
+    spacing: float | None = None  # mm between the voxels of a box, in all three directions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +223,7 @@ class Card:
     @property
     def dtype(self) -> Literal["uint8", "int16"]:
         """Of its pixels: RGB, or HU."""
-        return self.architecture.dtype if isinstance(self.architecture, ViT) else "uint8"
+        return self.architecture.dtype if isinstance(self.architecture, ViT | CTNet) else "uint8"
 
     @property
     def authored(self) -> Architecture:
@@ -198,8 +251,15 @@ def dtype_of(name: str) -> Literal["uint8", "int16"]:
 
 
 def box_of_encoder(name: str) -> tuple[int, int, float] | None:
-    """Of an encoder of whole volumes: slices, pixels per side, and mm between voxels in all three directions."""
-    return None
+    """Of an encoder of whole volumes: slices, pixels per side, and mm between voxels in all three directions.
+
+    None for one that takes pictures, and for a name without a card, as with `dtype_of`.
+    """
+    found = cards().get(name)
+    if found is None or not isinstance(found.architecture, CTNet):
+        return None
+    assert found.expects.spacing is not None, "it was checked"
+    return found.architecture.slices, found.architecture.pixels, found.expects.spacing
 
 
 def cards() -> Mapping[str, Card]:
@@ -298,8 +358,19 @@ def check(card: Card) -> None:
     demand(card.pixels > 0 and card.pixels <= MOST_PIXELS, "pixels", f"1 to {MOST_PIXELS}")
     demand(card.expects.tile is None or card.expects.tile > 0, "expects.tile", "greater than 0")
     demand(card.expects.mpp is None or 0 < card.expects.mpp < 1000, "expects.mpp", "greater than 0")
+    spacing = card.expects.spacing
+    demand(
+        (spacing is not None) == isinstance(arch, CTNet), "expects.spacing", "of an encoder of boxes, and only there"
+    )
+    demand(spacing is None or 0 < spacing < 1000, "expects.spacing", "greater than 0, in mm")
+    if isinstance(arch, ViT | CTNet) and arch.hounsfield is not None:
+        low, high = arch.hounsfield
+        # What lies beyond a volume is AIR, which the clip must not let through as what it was not trained on.
+        demand(AIR <= low < high <= 32767, "architecture.hounsfield", f"two ends within {AIR} and 32767, low end first")
     if isinstance(arch, ViT):
         check_vit(card, arch, demand)
+    if isinstance(arch, CTNet):
+        check_ctnet(card, arch, demand)
     demand(card.pixels % arch.step == 0, "pixels", f"a multiple of {arch.step}")
 
 
@@ -307,10 +378,6 @@ def check_vit(card: Card, arch: ViT, demand: Callable[[bool, str, str], None]) -
     """The same for what a vision transformer alone has."""
     for fact, most in {"width": 16384, "depth": 256, "heads": 256, "hidden": 65536, "patch": 256}.items():
         demand(0 < getattr(arch, fact) <= most, f"architecture.{fact}", f"1 to {most}")
-    if arch.hounsfield is not None:
-        low, high = arch.hounsfield
-        # What lies beyond a volume is AIR, which the clip must not let through as what it was not trained on.
-        demand(AIR <= low < high <= 32767, "architecture.hounsfield", f"two ends within {AIR} and 32767, low end first")
     demand(0 <= arch.registers <= 256, "architecture.registers", "0 to 256")
     demand(arch.width % arch.heads == 0, "architecture.heads", "a divisor of the width")
     demand((arch.table is None) != (arch.rope_base is None), "architecture", "either table or rope_base")
@@ -332,6 +399,21 @@ def check_vit(card: Card, arch: ViT, demand: Callable[[bool, str, str], None]) -
     widths |= {"linear": {"projected": arch.head_width}, "attention": {"pooled": arch.head_width}}.get(
         arch.head or "", {}
     )
+    for name, width in card.outputs.items():
+        demand(widths.get(name) == width, f"outputs.{name}", f"the widths are {widths}")
+
+
+def check_ctnet(card: Card, arch: CTNet, demand: Callable[[bool, str, str], None]) -> None:
+    """The same for what CT-Net alone has."""
+    demand(
+        0 < arch.slices <= MOST_PIXELS and arch.slices % 3 == 0, "architecture.slices", "a multiple of 3, at most 4096"
+    )
+    demand(arch.pixels == card.pixels, "pixels", f"{arch.pixels}, as in the architecture")
+    for fact, most in {"depths": 64, "widths": 16384, "reduced": 16384, "hidden": 16384}.items():
+        demand(all(0 < each <= most for each in getattr(arch, fact)), f"architecture.{fact}", f"1 to {most}")
+    features = arch.features
+    demand(min(features) > 0, "architecture", "too few pixels, or channels, for its three last convolutions")
+    widths = {"penultimate": arch.hidden[-1], "features": math.prod(features)}
     for name, width in card.outputs.items():
         demand(widths.get(name) == width, f"outputs.{name}", f"the widths are {widths}")
 

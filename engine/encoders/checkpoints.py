@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 from safetensors import SafetensorError
 
-from patchmill.encoders.cards import Card, EfficientNetLite, ViT
+from patchmill.encoders.cards import Card, CTNet, EfficientNetLite, ViT
 from patchmill.encoders.keys import PREFIXES, Layout, Stored, layouts, superfluous
 from patchmill.encoders.layout import parameters, shapes
 from patchmill.encoders.tensorfile import TensorFile, open_tensors
@@ -117,7 +117,8 @@ class _Loaded(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> Float32[np.ndarray, "..."]:
         shape, stored = self._shapes[name], self._layout[name]
-        if isinstance(self._arch, EfficientNetLite):
+        if stored.folded:
+            assert isinstance(self._arch, EfficientNetLite | CTNet), "the others have no BatchNorm"
             return _folded(self.read(stored), name, self._arch.eps)
         parts = self.read(stored)
         tensor = (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(shape)

@@ -42,7 +42,7 @@ class CudaEncoder:
         self.spec = spec
         (pixels,) = model.proto.graph.input
         fixed = pixels.type.tensor_type.shape.dim[0].dim_value  # of a graph that is not ours
-        self._chunk = fixed or chunk_of(spec.view.pixels, batch)
+        self._chunk = fixed or chunk_of(spec.input, batch)
         self.batch = batch or CHUNKS * self._chunk
         device = gpu()
         onnxruntime.preload_dlls()  # those of CUDA and cuDNN, where they were installed as wheels
@@ -67,7 +67,7 @@ class CudaEncoder:
         self._closed = threading.Event()
         self.provenance: Mapping[str, str] = provenance
 
-    def __call__(self, pixels: Integer[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
+    def __call__(self, pixels: Integer[np.ndarray, "b *tile"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
         """One array per tile and output; none depends on another tile. Safe to call from several threads.
 
         pixels: of the spec's size and dtype. Raises EncoderError for another shape or dtype, or if the GPU fails.

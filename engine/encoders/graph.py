@@ -23,11 +23,13 @@ INLINE = 1024  # bytes; smaller constants (shapes, indices) stay in the protobuf
 class Model:
     """A finished graph. The large tensors are named in `proto` as external data and live in `arrays`.
 
-    So neither protobuf's limit of 2 GB nor a second copy of the weights comes into play.
+    So neither protobuf's limit of 2 GB nor a second copy of the weights comes into play. One that takes boxes is also
+    there in two parts, which share its arrays: any number of triples of slices, and what is made of all of them.
     """
 
     proto: onnx.ModelProto
     arrays: Mapping[str, np.ndarray]
+    parts: tuple["Model", "Model"] | None = None
 
     def save(self, path: Path) -> None:
         """Write the graph, and its large tensors as external data in a second file beside it, `<name>.data`.

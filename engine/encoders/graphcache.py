@@ -57,8 +57,8 @@ def find_graph(spec: EncoderSpec) -> CachedGraph | None:
 
 
 def keep_graph(spec: EncoderSpec, model: Model) -> None:
-    """Keep a large graph for the next start, where the disk lets us."""
-    if sum(array.nbytes for array in model.arrays.values()) < LEAST_BYTES:
+    """Keep a large graph for the next start, where the disk lets us; one that runs in parts is authored each time."""
+    if model.parts is not None or sum(array.nbytes for array in model.arrays.values()) < LEAST_BYTES:
         return
     folder = _folder(spec)
     with suppress(OSError):

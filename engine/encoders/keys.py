@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from patchmill.encoders.cards import Architecture, ConvNeXt, EfficientNetLite, ViT
-from patchmill.encoders.layout import inverted_blocks, shapes
+from patchmill.encoders.cards import Architecture, ConvNeXt, CTNet, EfficientNetLite, ViT
+from patchmill.encoders.layout import inverted_blocks, residual_blocks, shapes
 
 __all__ = ["PREFIXES", "Layout", "Stored", "layouts", "superfluous"]
 
@@ -21,6 +21,7 @@ class Stored:
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    folded: bool = False  # they are a convolution's weight, and its BatchNorm's weight, bias, mean and variance
 
 
 Layout = Mapping[str, Stored]  # by our name
@@ -32,6 +33,8 @@ def superfluous(name: str, arch: Architecture) -> bool:
         parts = ("visual.attn_pool_caption.", "visual.ln_caption.", "visual.proj_contrast", "visual.head.norm.")
         if not name.startswith("visual.") or name.startswith(parts):
             return True
+    if isinstance(arch, CTNet) and name.startswith("classifier.6."):  # to the logits, whose number differs
+        return True
     if isinstance(arch, ConvNeXt) and name.startswith("norms."):  # norms.3 is norm, the others do nothing
         return True
     return name.endswith(UNUSED) or any(part in name for part in UNUSED_PARTS)
@@ -46,6 +49,8 @@ def layouts(arch: Architecture) -> dict[str, Layout]:
             return {name: _convnext(arch, names) for name, names in _CONVNEXT.items()}
         case EfficientNetLite():
             return {"efficientnet_lite_pytorch": _efficientnet(arch)}
+        case CTNet():
+            return {"ct-net-models": _ctnet(arch)}
 
 
 # ------------------------------------------------------------------------------------------------------------- ViT
@@ -228,10 +233,15 @@ def _efficientnet(arch: EfficientNetLite) -> Layout:
     """The convolution and its BatchNorm under the names of both our tensors; and the classifier, under none of ours."""
     found = {"": Stored(("_fc.weight", "_fc.bias"), ((arch.classes, arch.width), (arch.classes,)))}
     for name, convolution, norm, shape in _convolutions(arch):
-        parts = tuple(f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var"))
-        folded = Stored((f"{convolution}.weight", *parts), (shape, *(shape[:1],) * len(parts)))
-        found |= {f"{name}.weight": folded, f"{name}.bias": folded}
+        found |= _folded(name, convolution, norm, shape)
     return found
+
+
+def _folded(name: str, convolution: str, norm: str, shape: tuple[int, ...]) -> Layout:
+    """A convolution of ours, of theirs without a bias and the BatchNorm after it."""
+    parts = tuple(f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var"))
+    stored = Stored((f"{convolution}.weight", *parts), (shape, *(shape[:1],) * len(parts)), folded=True)
+    return {f"{name}.weight": stored, f"{name}.bias": stored}
 
 
 def _convolutions(arch: EfficientNetLite) -> list[tuple[str, str, str, tuple[int, int, int, int]]]:
@@ -248,3 +258,28 @@ def _convolutions(arch: EfficientNetLite) -> list[tuple[str, str, str, tuple[int
         result.append((f"{block.name}.project", f"{theirs}._project_conv", f"{theirs}._bn2", project))
     result.append(("head", "_conv_head", "_bn1", (arch.width, arch.stages[-1][-1], 1, 1)))
     return result
+
+
+# ------------------------------------------------------------------------------------------------------ ct-net-models
+
+
+def _ctnet(arch: CTNet) -> Layout:
+    """torchvision's ResNet as a sequence: the stem is 0, its BatchNorm 1, the stages 4 to 7."""
+    known = shapes(arch)
+    found = dict(_folded("stem", "features.0", "features.1", known["stem.weight"]))
+    for block in residual_blocks(arch):
+        _, stage, _, number = block.name.split(".")
+        theirs = f"features.{4 + int(stage)}.{number}"
+        for part, convolution, norm in (
+            ("first", "conv1", "bn1"),
+            ("second", "conv2", "bn2"),
+            ("project", "downsample.0", "downsample.1"),
+        ):
+            if (shape := known.get(f"{block.name}.{part}.weight")) is not None:
+                found |= _folded(f"{block.name}.{part}", f"{theirs}.{convolution}", f"{theirs}.{norm}", shape)
+    layers = {f"reduce.{number}": f"reducingconvs.{2 * number}" for number in range(len(arch.reduced))}
+    layers |= {f"hidden.{number}": f"classifier.{3 * number}" for number in range(len(arch.hidden))}
+    for ours, theirs in layers.items():
+        for part in ("weight", "bias"):
+            found[f"{ours}.{part}"] = Stored((f"{theirs}.{part}",), (known[f"{ours}.{part}"],))
+    return found

@@ -1,6 +1,7 @@
 """The one layout of weights that the graphs are authored from: names, shapes, and seeded random weights in it.
 
-All are float32, matrices as [out, in], convolutions as [out, in / groups, height, width].
+All are float32, matrices as [out, in], convolutions as [out, in / groups, height, width], or with a depth
+before these.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,9 +12,18 @@ from math import prod
 import numpy as np
 from jaxtyping import Float32
 
-from patchmill.encoders.cards import Architecture, ConvNeXt, EfficientNetLite, ViT
+from patchmill.encoders.cards import Architecture, ConvNeXt, CTNet, EfficientNetLite, ViT
 
-__all__ = ["InvertedBlock", "Shapes", "inverted_blocks", "parameters", "shapes", "untrained"]
+__all__ = [
+    "InvertedBlock",
+    "ResidualBlock",
+    "Shapes",
+    "inverted_blocks",
+    "parameters",
+    "residual_blocks",
+    "shapes",
+    "untrained",
+]
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -45,6 +55,30 @@ def inverted_blocks(arch: EfficientNetLite) -> Iterator[InvertedBlock]:
             number, inputs = number + 1, outputs
 
 
+@dataclass(frozen=True, slots=True)
+class ResidualBlock:
+    """One basic block of a ResNet: two convolutions, and a third beside them where the shape changes."""
+
+    name: str
+    inputs: int  # channels
+    outputs: int
+    stride: int
+
+    @property
+    def projects(self) -> bool:
+        """Whether the input is convolved before it is added to the output."""
+        return self.stride > 1 or self.inputs != self.outputs
+
+
+def residual_blocks(arch: CTNet) -> Iterator[ResidualBlock]:
+    """The blocks in order; the first of every stage but the first has a stride."""
+    inputs = arch.widths[0]
+    for stage, (depth, width) in enumerate(zip(arch.depths, arch.widths, strict=True)):
+        for number in range(depth):
+            yield ResidualBlock(f"stages.{stage}.blocks.{number}", inputs, width, 2 if stage and not number else 1)
+            inputs = width
+
+
 def shapes(arch: Architecture) -> Shapes:
     """Name and shape of every tensor."""
     match arch:
@@ -54,6 +88,8 @@ def shapes(arch: Architecture) -> Shapes:
             return _shapes_convnext(arch)
         case EfficientNetLite():
             return _shapes_efficientnet(arch)
+        case CTNet():
+            return _shapes_ctnet(arch)
 
 
 def parameters(arch: Architecture) -> int:
@@ -138,6 +174,28 @@ def _shapes_efficientnet(arch: EfficientNetLite) -> Shapes:
     return result
 
 
+def _shapes_ctnet(arch: CTNet) -> Shapes:
+    layers: Shapes = {"stem": (arch.widths[0], 3, 7, 7)}
+    for block in residual_blocks(arch):
+        layers[f"{block.name}.first"] = (block.outputs, block.inputs, 3, 3)
+        layers[f"{block.name}.second"] = (block.outputs, block.outputs, 3, 3)
+        if block.projects:
+            layers[f"{block.name}.project"] = (block.outputs, block.inputs, 1, 1)
+    inputs = arch.slices // 3
+    for number, (outputs, (kernel, _)) in enumerate(zip(arch.reduced, arch.reducing, strict=True)):
+        layers[f"reduce.{number}"] = (outputs, inputs, 3, kernel, kernel)
+        inputs = outputs
+    inputs = prod(arch.features)
+    for number, outputs in enumerate(arch.hidden):
+        layers[f"hidden.{number}"] = (outputs, inputs)
+        inputs = outputs
+    return {
+        f"{name}.{part}": each
+        for name, shape in layers.items()
+        for part, each in (("weight", shape), ("bias", shape[:1]))
+    }
+
+
 class _Untrained(Mapping[str, np.ndarray]):
     """Tensors that are drawn when they are asked for, so that a model of billions needs no memory before that."""
 
@@ -188,6 +246,6 @@ def _interval(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return -0.2, 0.2
     if len(shape) == 1 or name in ("registers", "positions"):
         return -1.0, 1.0
-    gain = 2.0 if len(shape) == 4 and name != "patch.weight" else 1.0  # ReLU6 halves the power
+    gain = 2.0 if len(shape) > 3 and name != "patch.weight" else 1.0  # ReLU and ReLU6 halve the power
     bound = (3 * gain / float(np.prod(shape[1:]))) ** 0.5  # variance gain / fan-in
     return -bound, bound

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from patchmill.encoders import convnext, efficientnet, vit
-from patchmill.encoders.cards import Architecture, Card, ConvNeXt, EfficientNetLite, Exported, ViT, card, cards
+from patchmill.encoders import convnext, ctnet, efficientnet, vit
+from patchmill.encoders.cards import Architecture, Card, ConvNeXt, CTNet, EfficientNetLite, Exported, ViT, card, cards
 from patchmill.encoders.checkpoints import load
 from patchmill.encoders.exported import files_of, read_graph
 from patchmill.encoders.gate import GateReport, judge, reference_of, refusal, with_whole
@@ -68,6 +68,9 @@ def _described(card: Card) -> EncoderCard:
 
 
 def _tile(card: Card) -> str:
+    if isinstance(card.architecture, CTNet):
+        slices, pixels = card.architecture.slices, card.pixels
+        return f"boxes of {slices} x {pixels} x {pixels} voxels of {card.expects.spacing:g} mm"
     tile, mpp = card.expects.tile, card.expects.mpp
     if tile is None:
         return ""
@@ -99,7 +102,7 @@ def resolve(settings: EncodeSettings) -> EncoderSpec:
     if pixels % arch.step or not arch.step <= pixels <= 4096:
         do = f"use a multiple of {arch.step} up to 4096; {chosen.name}'s own is {chosen.pixels}"
         raise EncoderError("--pixels", f"{chosen.name} cannot take {pixels} px", do)
-    if isinstance(arch, ViT) and arch.only not in (None, pixels):
+    if isinstance(arch, ViT | CTNet) and arch.only not in (None, pixels):
         raise EncoderError(
             "--pixels", f"{chosen.name} cannot take {pixels} px", f"leave it at {arch.only}, its only size"
         )
@@ -120,6 +123,7 @@ def resolve(settings: EncodeSettings) -> EncoderSpec:
             dtype=chosen.dtype,
             intensity=settings.intensity,
             slab=settings.slab,
+            depth=arch.slices if isinstance(arch, CTNet) else 1,
             fit=settings.fit,
         ),
         precision=settings.precision,
@@ -137,6 +141,9 @@ def _tokens(chosen: Card, pixels: int) -> tuple[int, int, int]:
             width = arch.width
         case ConvNeXt():
             width = arch.widths[-1]
+        case CTNet():
+            wrong = f"{chosen.name} gives vectors of whole volumes, and no dense features"
+            raise EncoderError("--tokens", wrong, "leave it out, or use another encoder")
         case Exported():
             wrong = f"{chosen.name} is a graph of its own, which gives {', '.join(chosen.outputs)} alone"
             raise EncoderError("--tokens", wrong, "leave it out, or use another encoder")
@@ -363,5 +370,7 @@ def _graph(spec: EncoderSpec, weights: Weights, *, plain: bool = False, depth: i
             return convnext.build(arch, weights, pixels, precision=spec.precision, tokens=spec.tokens is not None)
         case EfficientNetLite():
             return efficientnet.build(arch, weights, pixels, tokens=spec.tokens is not None)
+        case CTNet():
+            return ctnet.build(arch, weights, precision=spec.precision)
         case Exported():
             raise ValueError("a graph of its own needs no author")

@@ -1,4 +1,4 @@
-"""Made-up slices of CTs in HU, for the gate of encoders that take them: no real CT ships with the package.
+"""Made-up slices and boxes of CTs in HU, for the gate of encoders that take them: no real CT ships with the package.
 
 Ellipses of tissue with values as textbooks have them (air -1000, lung -850, fat -100, muscle 50, liver 60, vessels 150,
 bone 300 to 900), noise, and air outside. They are good for one thing: to see whether two graphs of the same weights
@@ -8,16 +8,33 @@ agree. Nothing about a patient, a scanner or an encoder's worth follows from the
 import numpy as np
 from jaxtyping import Bool, Float64, Int16
 
-__all__ = ["phantoms"]
+__all__ = ["boxes", "phantoms"]
 
 COUNT = 32
 SEED = 20
+BOXES = 4
+BODIES = 8
+NOISES = 16  # pictures of noise that are used over and over, not a multiple of three: all triples differ
 
 
 def phantoms(pixels: int) -> Int16[np.ndarray, "32 p p 3"]:
     """Slices of p pixels per side, each of another body, the same at every call; all three channels are equal."""
     tiles = np.stack([_slice(pixels, np.random.default_rng((SEED, number))) for number in range(COUNT)])
     return np.repeat(np.round(tiles)[..., None], 3, axis=3).astype(np.int16)
+
+
+def boxes(depth: int, pixels: int) -> Int16[np.ndarray, "4 depth p p"]:
+    """Boxes of slices, the same at every call: each turns from one made-up body into the next, and has noise."""
+    found = np.empty((BOXES, depth, pixels, pixels), np.int16)
+    for number, box in enumerate(found):
+        rng = np.random.default_rng((SEED, COUNT + number))
+        bodies = np.stack([_slice(pixels, rng) for _ in range(BODIES)]).astype(np.float32)
+        noise = 20 * rng.standard_normal((NOISES, pixels, pixels), np.float32)
+        for row, place in enumerate(np.linspace(0, BODIES - 1, depth, dtype=np.float32)):
+            above = min(int(place), BODIES - 2)
+            hu = bodies[above] + (place - above) * (bodies[above + 1] - bodies[above]) + noise[row % NOISES]
+            box[row] = hu.clip(-1024, 3071)
+    return found
 
 
 def _slice(pixels: int, rng: np.random.Generator) -> Float64[np.ndarray, "p p"]:

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Int8
 
-from patchmill.encoders.cards import Architecture, EfficientNetLite, Exported
+from patchmill.encoders.cards import Architecture, CTNet, EfficientNetLite, Exported
 
 __all__ = ["Precision", "precisions", "quantised"]
 
@@ -17,7 +17,13 @@ LEVELS = 64
 
 def precisions(architecture: Architecture | Exported) -> tuple[Precision, ...]:
     """Precisions that an architecture's graph can be authored in, or is written in."""
-    return ("fp32",) if isinstance(architecture, EfficientNetLite | Exported) else ("fp32", "fp16", "bf16", "int8")
+    match architecture:
+        case EfficientNetLite() | Exported():
+            return ("fp32",)
+        case CTNet():  # nearly all of it is convolutions, which int8 leaves in fp32
+            return "fp32", "fp16", "bf16"
+        case _:
+            return "fp32", "fp16", "bf16", "int8"
 
 
 def quantised(

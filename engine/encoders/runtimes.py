@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from math import prod
 from typing import Literal, get_args
 
 import onnxruntime
@@ -36,9 +37,9 @@ CHUNKS = 2  # that a GPU's batch is sent in: one travels while the other is comp
 TILES, SIDE = 128, 224  # 128 tiles of 224 px are within 1 % of the best chunk on an H200
 
 
-def chunk_of(pixels: int, batch: int | None) -> int:
-    """Tiles per chunk on a GPU: a batch in two, or about as many pixels as 128 tiles of 224 px have."""
-    return -(-batch // CHUNKS) if batch is not None else max(1, TILES * SIDE**2 // pixels**2)
+def chunk_of(tile: tuple[int, int, int], batch: int | None) -> int:
+    """Tiles of a shape per chunk on a GPU: a batch in two, or about as many values as 128 tiles of 224 px have."""
+    return -(-batch // CHUNKS) if batch is not None else max(1, TILES * SIDE**2 * 3 // prod(tile))
 
 
 @cache

@@ -1,7 +1,9 @@
 """A graph that runs: ONNX Runtime on the CPU, one tile per call and one call per core.
 
 A session of one thread gives a tile the same bytes whatever batch, order or number of threads it came with, and
-int8 takes its scale from that tile alone. It costs nothing: the cores work on different tiles.
+int8 takes its scale from that tile alone. It costs nothing: the cores work on different tiles. Of a box of slices they
+work on different triples, one box after the other: its maps at full size would take gigabytes, those of a triple take
+megabytes.
 """
 
 import ctypes
@@ -60,14 +62,17 @@ class CpuEncoder:
         batch: int | None = None,
         optimise: bool = True,
     ) -> None:
-        """Compile a graph, or the file of one. threads: tiles in flight, one per core by default.
+        """Compile a graph, or the file of one. threads: tiles or triples in flight, one per core by default.
 
         optimise: let the runtime fuse operators. Raises EncoderError if the runtime refuses the graph or runs it
         elsewhere than on the CPU.
         """
-        self.spec, self.batch = spec, batch or BATCH
+        self.spec, self.batch = spec, batch or (BATCH if spec.view.depth == 1 else 1)
         self._threads = threads or available_cores()
-        self._session = open_session(spec.name, model, [PROVIDER], optimise=optimise)
+        first, last = (isinstance(model, Model) and model.parts) or (None, model)
+        self._triples: Any = first and open_session(spec.name, first, [PROVIDER], optimise=optimise)
+        self._session = open_session(spec.name, last, [PROVIDER], optimise=optimise)
+        (self._given,) = (each.name for each in self._session.get_inputs())
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="patchmill-encoder")
         self._closed = threading.Event()
         self.provenance: Mapping[str, str] = {
@@ -79,7 +84,7 @@ class CpuEncoder:
             "patchmill": code_digest(),
         }
 
-    def __call__(self, pixels: Integer[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
+    def __call__(self, pixels: Integer[np.ndarray, "b *tile"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
         """One array per tile and output; none depends on another tile.
 
         pixels: of the spec's size and dtype. Raises EncoderError for another shape or dtype, or if the runtime fails.
@@ -90,22 +95,33 @@ class CpuEncoder:
         vectors = {name: np.empty((len(pixels), *shape), np.float32) for name, shape in self.spec.shapes.items()}
 
         def encode(row: int) -> None:
-            found = self._session.run(list(vectors), {"pixels": pixels[row : row + 1]})
+            tile = pixels[row : row + 1] if self._triples is None else self._maps(pixels[row])
+            found = self._session.run(list(vectors), {self._given: tile})
             for array, value in zip(vectors.values(), found, strict=True):
                 array[row] = demand_vectors(self.spec, value, (1, *array.shape[1:]))[0]
 
+        each = self._pool.map if self._triples is None else map
         try:
-            list(self._pool.map(encode, range(len(pixels))))
+            list(each(encode, range(len(pixels))))
         except RUNTIME_ERRORS as error:
             do = "check the memory" if self.spec.precision == "fp32" else "try fp32"
             raise EncoderError(self.spec.name, f"the runtime failed ({type(error).__name__})", do) from error
         return vectors
 
+    def _maps(self, box: Integer[np.ndarray, "slices h w"]) -> Float32[np.ndarray, "n c h w"]:
+        """What the first part of the graph makes of each triple of slices."""
+
+        def encode(row: int) -> np.ndarray:
+            found: np.ndarray = self._triples.run(None, {"pixels": box[None, row : row + 3]})[0]
+            return found
+
+        return np.concatenate(list(self._pool.map(encode, range(0, len(box), 3))))
+
     def close(self) -> None:
         """End the threads and drop the session. Safe to repeat."""
         self._closed.set()
         self._pool.shutdown()
-        self._session = None
+        self._session = self._triples = None
 
 
 def demand_tiles(spec: EncoderSpec, pixels: np.ndarray) -> None:

@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 
 def module_of(model: Model) -> torch.fx.GraphModule:
-    """The module of a graph: uint8 [B, h, w, 3] to a tuple of its outputs, in their order.
+    """The module of a graph: its pixels, as uint8 [B, h, w, 3], to a tuple of its outputs, in their order.
 
     It has only operators that our graphs are written with, and standard ones of torch in their place, which
     `torch.compile` fuses. Raises ValueError for another operator.
@@ -88,9 +88,15 @@ def _conv(
     pads: Sequence[int] = (0, 0, 0, 0),
     group: int = 1,
 ) -> Tensor:
-    top, left, bottom, right = pads
-    x = functional.pad(x, (left, right, top, bottom)) if any(pads) else x
-    return functional.conv2d(x, weight, bias, tuple(strides), groups=group)
+    """kernel_shape: of two axes, or of three."""
+    x = _pad(x, (0, 0, *pads[: len(kernel_shape)], 0, 0, *pads[len(kernel_shape) :])) if any(pads) else x
+    convolve = functional.conv2d if len(kernel_shape) == 2 else functional.conv3d
+    return convolve(x, weight, bias, tuple(strides), groups=group)
+
+
+def _max_pool(x: Tensor, kernel_shape: Sequence[int], strides: Sequence[int], pads: Sequence[int]) -> Tensor:
+    """pads: the same on both ends."""
+    return functional.max_pool2d(x, tuple(kernel_shape), tuple(strides), tuple(pads[: len(kernel_shape)]))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
@@ -129,11 +135,13 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Gelu": functional.gelu,
     "LayerNormalization": _norm,
     "MatMul": torch.matmul,
+    "MaxPool": _max_pool,
     "Mul": torch.mul,
     "MultiHeadAttention": _attention,
     "Neg": torch.neg,
     "Pad": _pad,
     "ReduceMean": lambda x, axes, keepdims: x.mean(axes, keepdim=bool(keepdims)),
+    "Relu": torch.relu,
     "Reshape": _reshape,
     "RotaryEmbedding": _rope,
     "Sigmoid": torch.sigmoid,

@@ -37,7 +37,7 @@ class TorchEncoder:
 
         Raises EncoderError if the GPU has too little memory, or the compiler fails.
         """
-        self.spec, self._chunk = spec, chunk_of(spec.view.pixels, batch)
+        self.spec, self._chunk = spec, chunk_of(spec.input, batch)
         self.batch = batch or CHUNKS * self._chunk
         self._device = torch.device("cuda", 0)
         self._lock = threading.Lock()  # one thread sends its chunks at a time
@@ -68,7 +68,7 @@ class TorchEncoder:
             "patchmill": code_digest(),
         }
 
-    def __call__(self, pixels: Integer[np.ndarray, "b h w 3"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
+    def __call__(self, pixels: Integer[np.ndarray, "b *tile"]) -> dict[str, Float32[np.ndarray, "b *shape"]]:
         """One array per tile and output; none depends on another tile. Safe to call from several threads.
 
         pixels: of the spec's size and dtype. Raises EncoderError for another shape or dtype, or if the GPU fails.
@@ -109,7 +109,7 @@ class TorchEncoder:
         self._module = module  # holds the weights, whose addresses the graph knows
         return graph, outputs
 
-    def _send(self, part: Integer[np.ndarray, "c h w 3"]) -> None:
+    def _send(self, part: Integer[np.ndarray, "c *tile"]) -> None:
         """Queue one chunk: `_outputs` will hold its vectors. What fills it up are earlier tiles."""
         slot, self._next = self._next, (self._next + 1) % SLOTS
         self._copied[slot].synchronize()  # what was here has left

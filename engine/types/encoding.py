@@ -156,7 +156,7 @@ class Encoder(Protocol):
     batch: int  # tiles per call that suit it
     parallel: int  # calls at a time that suit it: two keep a GPU busy while the vectors of one are taken away
 
-    def __call__(self, pixels: Integer[np.ndarray, "b h w 3"]) -> Mapping[str, Float[np.ndarray, "b *shape"]]:
+    def __call__(self, pixels: Integer[np.ndarray, "b *tile"]) -> Mapping[str, Float[np.ndarray, "b *shape"]]:
         """An fp32 array [b, *shape] for each of the spec's shapes. What a tile gets depends on its own pixels alone.
 
         pixels: in the view's dtype.

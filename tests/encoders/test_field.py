@@ -179,8 +179,8 @@ def test_a_model_of_one_size_has_no_other():
 
 
 def test_every_encoder_is_compared_with_something():
-    """A new card needs an oracle: a size of DINOv3, transformers' DINOv2, or golden vectors."""
+    """A new card needs an oracle: a size of DINOv3, transformers' DINOv2 or ResNet, or golden vectors."""
     for name, each in cards().items():
         if isinstance(each.architecture, ConvNeXt) or name.startswith(("dinov3-", "dinov2-", "efficientnet-")):
             continue
-        assert name in TIMM or name in ("phikon-v2", "rad-dino", "meddinov3-vitb16"), name
+        assert name in TIMM or name in ("phikon-v2", "rad-dino", "meddinov3-vitb16", "ctnet"), name

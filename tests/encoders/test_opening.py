@@ -12,9 +12,20 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from patchmill.encoders import advice, convnext, efficientnet, known, open_encoder, open_gated, opening, resolve, vit
+from patchmill.encoders import (
+    advice,
+    convnext,
+    ctnet,
+    efficientnet,
+    known,
+    open_encoder,
+    open_gated,
+    opening,
+    resolve,
+    vit,
+)
 from patchmill.encoders import cards as cards_module
-from patchmill.encoders.cards import ConvNeXt, EfficientNetLite, ViT, WeightsSource, card, cards
+from patchmill.encoders.cards import ConvNeXt, CTNet, EfficientNetLite, ViT, WeightsSource, card, cards
 from patchmill.encoders.layout import parameters, untrained
 from patchmill.encoders.session import CpuEncoder
 from patchmill.errors import EncoderError, UsageError
@@ -243,8 +254,12 @@ def test_a_card_agrees_with_itself_and_with_its_graph(name):
     each = cards()[name]
     arch = each.architecture
     assert each.pixels % arch.step == 0
-    most = 1 if each.dtype == "uint8" else 1000  # HU
-    assert all(len(values) == 3 and min(values) > 0 and max(values) < most for values in (arch.mean, arch.std))
+    least, most = (0, 1) if each.dtype == "uint8" else (-1000, 1500)  # HU
+    channels = 1 if isinstance(arch, CTNet) else 3
+    assert all(
+        len(values) == channels and least < min(values) and max(values) < most for values in (arch.mean, arch.std)
+    )
+    assert min(arch.std) > 0
     assert parameters(arch) == each.parameters
     pixels = arch.step
     if isinstance(arch, ViT):
@@ -256,6 +271,8 @@ def test_a_card_agrees_with_itself_and_with_its_graph(name):
     elif isinstance(arch, ConvNeXt):
         arch = replace(arch, depths=(1, 1, 1, 1))
         model = convnext.build(arch, untrained(arch, 0), pixels)
+    elif isinstance(arch, CTNet):
+        model = ctnet.build(arch, untrained(arch, 0))
     else:
         model = efficientnet.build(arch, untrained(arch, 0), pixels)
     outputs = {output.name: output.type.tensor_type.shape.dim[1].dim_value for output in model.proto.graph.output}
