@@ -19,13 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import h5py
 import numpy as np
-from jaxtyping import Float64, Int, Int64
+from jaxtyping import Float64, Int64
 from PIL import Image
 
 from patchmill.errors import SourceError
 from patchmill.kernels.polygons import fill_polygons
+from patchmill.plan.hdf5 import BrokenError, coords_in
 from patchmill.plan.tissue import TissueMask
 from patchmill.sources import failure
 from patchmill.types import Slide, SourceRef
@@ -204,7 +204,10 @@ def drawn(polygons: list[Rings], slide: Slide, source: str) -> TissueMask:
 
 def tiles_in(roi: Roi, slide: Slide, source: str) -> TileList:
     """The tiles that a file of CLAM or TRIDENT lists. Raises SourceError for any other, and for another slide's."""
-    corners, attributes = listed_in(roi.content, source)
+    try:
+        corners, attributes = coords_in(roi.content, MOST_TILES)
+    except BrokenError as error:
+        raise SourceError(source, str(error), FROM) from error
     try:
         tile, span, level, size = size_in(attributes, slide)
     except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
@@ -219,22 +222,6 @@ def tiles_in(roi: Roi, slide: Slide, source: str) -> TileList:
         wrong = f"{int(outside.any(axis=1).sum())} of {len(corners)} tiles in its list lie outside the slide"
         raise SourceError(source, wrong, FROM)
     return TileList(corners.astype(np.int64), tile, span)
-
-
-def listed_in(content: bytes, source: str) -> tuple[Int[np.ndarray, "n 2"], Mapping[str, Any]]:
-    """The dataset `coords` and its attributes, once it is known to be small and all in the file. Raises SourceError."""
-    try:
-        with h5py.File(io.BytesIO(content), "r") as file:
-            data = file["coords"]
-            if data.is_virtual or data.external:  # HDF5 would open other files, and crashes where they are missing
-                raise SourceError(source, "its coords lie in another file", FROM)
-            if len(data.shape) != 2 or data.shape[1] != 2 or data.dtype.kind not in "iu":
-                raise SourceError(source, f"its coords are {data.dtype} of shape {data.shape}", FROM)
-            if data.shape[0] > MOST_TILES:
-                raise SourceError(source, f"its list has {data.shape[0]} tiles", f"give at most {MOST_TILES}")
-            return np.asarray(data[()]), dict(data.attrs)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
-        raise SourceError(source, f"its list of tiles cannot be read ({type(error).__name__})", FROM) from error
 
 
 def size_in(attributes: Mapping[str, Any], slide: Slide) -> tuple[int, float, int, list[int]]:

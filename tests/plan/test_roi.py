@@ -16,7 +16,7 @@ from patchmill.archive.plans import load_plan, plan_files
 from patchmill.errors import SourceError, UsageError
 from patchmill.kernels import pack
 from patchmill.kernels.polygons import fill_polygons
-from patchmill.plan import Roi, blocks, plan_slide
+from patchmill.plan import Roi, blocks, hdf5, plan_slide
 from patchmill.plan.roi import mask_in, tiles_in
 from patchmill.query.tiles import read_tile
 from patchmill.sources import Patience, PatientSlide
@@ -300,7 +300,7 @@ def test_coords_that_are_not_small_and_in_the_file_are_not_read(tmp_path, kind):
             file.create_dataset("coords", (4, 2), "i8", external=[("/etc/passwd", 0, 64)])
     with pytest.raises(SourceError) as caught:
         tiles_in(Roi(".h5", path.read_bytes()), FormulaSlide(2000, 1500, mpp=0.5), "s1")
-    assert caught.value.wrong in ("its list has 1000000000 tiles", "its coords lie in another file")
+    assert caught.value.wrong in ("its list has 1000000000 tiles, more than 10000000", "its coords lie in another file")
 
 
 def test_an_address_beyond_all_files_is_refused():
@@ -309,6 +309,23 @@ def test_an_address_beyond_all_files_is_refused():
     content[48:56] = (1 << 63).to_bytes(8, "little")
     with pytest.raises(SourceError, match="its list of tiles cannot be read"):
         tiles_in(Roi(".h5", bytes(content)), FormulaSlide(2000, 1500, mpp=0.5), "s1")
+
+
+def test_a_list_that_hdf5_never_finishes_is_given_up(monkeypatch):
+    monkeypatch.setattr(hdf5, "SECONDS", 5)
+    content = bytearray(h5([[0, 0], [64, 64]], patch_size="64", patch_level=0).content)
+    heap = content.index(b"GCOL")  # of strings; HDF5 2.0 goes from object to object for ever where one has no size
+    assert content[heap + 24 : heap + 32] == (2).to_bytes(8, "little")
+    content[heap + 24] = 0
+    with pytest.raises(SourceError, match="its list of tiles takes more than 5 s; give the file"):
+        tiles_in(Roi(".h5", bytes(content)), FormulaSlide(2000, 1500, mpp=0.5), "s1")
+
+
+def test_a_list_that_crashes_hdf5_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "crash.py").write_text("import os\nos.abort()\n")
+    monkeypatch.setattr(hdf5, "__file__", str(tmp_path / "crash.py"))
+    with pytest.raises(SourceError, match="its list of tiles crashes HDF5; give the file"):
+        tiles_in(trident([[0, 0]]), FormulaSlide(2000, 1500, mpp=0.5), "s1")
 
 
 def test_polygons_beyond_all_numbers_are_cut_at_the_slide():
