@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import dask
-import psutil
 from distributed import Client, LocalCluster, Scheduler, SpecCluster, WorkerPlugin
 from distributed.deploy.subprocess import SubprocessWorker
+from distributed.system import MEMORY_LIMIT
 from distributed.worker import Worker
 
 from patchmill.errors import UsageError
@@ -132,7 +132,7 @@ def local_cluster(workers: int, threads: int, lock: Path, gpus: int = 0) -> Iter
                 "host": _LOOPBACK,
                 "nthreads": threads,
                 "dashboard": False,
-                "memory_limit": psutil.virtual_memory().total // workers,
+                "memory_limit": MEMORY_LIMIT // workers,  # of the container, where there is one
                 "env": _QUIET,
                 "silence_logs": 50,
             }

@@ -1,8 +1,9 @@
-"""Each worker sees a GPU of its own."""
+"""Each worker sees a GPU of its own, and has its part of the memory."""
 
 import pytest
 
-from patchmill.cluster.local import gpu_env
+from patchmill.cluster import local
+from patchmill.cluster.local import gpu_env, local_cluster
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,13 @@ from patchmill.cluster.local import gpu_env
 def test_gpus_are_shared_out(number, gpus, visible, seen):
     environment = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     assert gpu_env(number, gpus, environment).get("CUDA_VISIBLE_DEVICES") == seen
+
+
+@pytest.mark.timeout(120)
+def test_workers_share_what_the_container_may_have(tmp_path, monkeypatch):
+    """Dask reads the limits of cgroups, versions 1 and 2, when it is imported."""
+    monkeypatch.setattr(local, "MEMORY_LIMIT", 2 << 30)
+    with local_cluster(2, 1, tmp_path / "lock") as client:
+        client.wait_for_workers(2)
+        limits = [worker["memory_limit"] for worker in client.scheduler_info()["workers"].values()]
+    assert limits == [1 << 30, 1 << 30]
