@@ -1,5 +1,6 @@
 """The command line: arguments and printing, no logic. Exit codes: 0 all done, 1 some sources failed, 2 wrong usage."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = app(arguments, prog_name="patchmill", standalone_mode=False) or 0
         if code == INTERRUPTED:  # what the parser makes of a KeyboardInterrupt
             raise KeyboardInterrupt
+        sys.stdout.flush()  # what fails only when Python ends is a traceback
         return code
     except TyperException as error:  # the parser's own errors
         context = getattr(error, "ctx", None)
@@ -32,8 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(error), 1)
     except PatchmillError as error:
         return _say(str(error), 2)
+    except OSError as error:
+        if not _stdout_fails():
+            raise
+        if isinstance(error, BrokenPipeError):  # whoever read it has seen enough
+            return 1
+        wrong = f"cannot be written ({errno.errorcode.get(error.errno or 0, type(error).__name__)})"
+        return _say(f"stdout: {wrong}; see to its disk, what was done is kept", 1)
     except (KeyboardInterrupt, typer.Abort):
         return _say("stopped; all that was acknowledged is kept, and the same command goes on from there", INTERRUPTED)
+
+
+def _stdout_fails() -> bool:
+    """Whether stdout takes not even an empty line. What it holds is dropped then: Python would try it once more."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _say(line: str, code: int) -> int:

@@ -371,6 +371,35 @@ def test_no_space_for_a_lock_or_a_record_is_one_line_and_exit_1(embed, archive, 
     assert verify(Archive.open(archive)) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["encoders"], ["encoders", "--json"], ["--help"], ["status", "ARCHIVE"]])
+def test_output_onto_a_full_disk_is_one_line_and_exit_1(archive, arguments, unbuffered):
+    command = [Path(sys.executable).with_name("patchmill"), *(archive if a == "ARCHIVE" else a for a in arguments)]
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        ran = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment, timeout=60
+        )
+    assert (ran.returncode, ran.stderr) == (
+        1,
+        "patchmill: stdout: cannot be written (ENOSPC); see to its disk, what was done is kept\n",
+    )
+
+
+@pytest.mark.parametrize("arguments", [["encoders"], ["status", "ARCHIVE"]])
+def test_a_reader_that_has_seen_enough_is_told_nothing(archive, arguments):
+    command = [Path(sys.executable).with_name("patchmill"), *(archive if a == "ARCHIVE" else a for a in arguments)]
+    ends, out = os.pipe()
+    os.close(ends)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with os.fdopen(out, "w") as pipe:
+        ran = subprocess.run(
+            command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False, env=environment, timeout=60
+        )
+    assert (ran.returncode, ran.stderr) == (1, "")
+
+
 # ------------------------------------------------------------------------------------------------------------ Ctrl-C
 
 
