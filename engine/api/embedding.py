@@ -1,7 +1,8 @@
 """The verb `embed`: sources in, committed embeddings and a report out."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from patchmill.api.planning import listed, with_rois
 from patchmill.archive import Archive, SourceEntry
 from patchmill.cluster import Doors, Event, RunReport, RunSettings
 from patchmill.encoders import advice
-from patchmill.errors import UsageError
+from patchmill.errors import NoSpaceError, UsageError
 from patchmill.sources import CatalogEntry, find_sources
 from patchmill.types import EncodeSettings, Fit, Kind, Settings, SourceRef, VolumeSettings
 
@@ -67,26 +68,36 @@ def embed(
         for line in filter(None, (note, advice(encode, settings))):
             say(line)
     settings, rois = with_rois(entries, settings, mask, coords)
-    target = Archive.create_or_open(Path(archive))
-    registered = [_entry(target, entry, mpp_override) for entry in entries]
-    target.register(registered)
-    known = {ref.id: ref for ref in target.refs()}
-    how = run or RunSettings()
-    refs = tuple(
-        replace(
-            known[entry.id],
-            kind=settings.kind,
-            reader=how.reader,
-            roi=rois.get(entry.name),
-            frame=settings.frame if isinstance(settings, VolumeSettings) else None,
-            spacing=voxel,
-            units=units,
+    with _full_at(archive):
+        target = Archive.create_or_open(Path(archive))
+        registered = [_entry(target, entry, mpp_override) for entry in entries]
+        target.register(registered)
+        known = {ref.id: ref for ref in target.refs()}
+        how = run or RunSettings()
+        refs = tuple(
+            replace(
+                known[entry.id],
+                kind=settings.kind,
+                reader=how.reader,
+                roi=rois.get(entry.name),
+                frame=settings.frame if isinstance(settings, VolumeSettings) else None,
+                spacing=voxel,
+                units=units,
+            )
+            for entry in registered
         )
-        for entry in registered
-    )
-    if found is not None:
-        found(refs)
-    return cluster.run(target, refs, settings, encode, how, watch or (lambda event: None), doors)
+        if found is not None:
+            found(refs)
+        return cluster.run(target, refs, settings, encode, how, watch or (lambda event: None), doors)
+
+
+@contextmanager
+def _full_at(archive: str | Path) -> Iterator[None]:
+    """Names the folder of a disk that is full: the terminal may, records, which are written by then, may not."""
+    try:
+        yield
+    except NoSpaceError as error:
+        raise NoSpaceError(f"{archive} ({error.where})", error.wrong, error.do) from error
 
 
 def _entry(archive: Archive, entry: CatalogEntry, mpp_override: float | None) -> SourceEntry:

@@ -310,6 +310,8 @@ def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on_when_there_is_sp
     assert ran.code == 1
     assert "no space left" in ran.line
     assert "free space and run the same command again" in ran.line
+    assert f"patchmill: {archive} (" in ran.line
+    assert str(archive) not in "".join(each.read_text() for each in archive.glob("runs/*/*.json*"))
     assert not list(folder.rglob("*.partial"))
     assert before.items() <= digests(archive).items()
     assert verify(Archive.open(archive), withdraw=False) == []
