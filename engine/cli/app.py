@@ -33,7 +33,7 @@ PlanKey = Annotated[str | None, typer.Option("--plan", help="plan key, where the
 EncoderKey = Annotated[
     str | None, typer.Option("--encoder", help="encoder key or name, where the archive holds several")
 ]
-Output = Annotated[str | None, typer.Option(help="cls or mean, where the encoder has both; its first by default")]
+Output = Annotated[str | None, typer.Option(help="cls or mean, or another that the encoder has; its first by default")]
 Weights = Annotated[Path | None, typer.Option(help="weights file: safetensors, the index of several, or .pth")]
 Sources = Annotated[
     list[str], typer.Argument(metavar="SRC...", help="slides, volumes or images: files, folders, globs or CSV catalogs")

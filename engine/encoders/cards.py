@@ -396,9 +396,8 @@ def check_vit(card: Card, arch: ViT, demand: Callable[[bool, str, str], None]) -
     demand(arch.head != "attention" or heads, "architecture.head_heads", "a divisor of head_width")
     demand(0 < arch.head_eps <= 0.1, "architecture.head_eps", "greater than 0, at most 0.1")
     widths = {"cls": arch.width, "mean": arch.width, "cls-mean": 2 * arch.width}
-    widths |= {"linear": {"projected": arch.head_width}, "attention": {"pooled": arch.head_width}}.get(
-        arch.head or "", {}
-    )
+    own = {"linear": ("projected",), "attention": ("pooled", "contrast"), None: ()}[arch.head]
+    widths |= dict.fromkeys(own, arch.head_width)
     for name, width in card.outputs.items():
         demand(widths.get(name) == width, f"outputs.{name}", f"the widths are {widths}")
 

@@ -30,7 +30,7 @@ Layout = Mapping[str, Stored]  # by our name
 def superfluous(name: str, arch: Architecture) -> bool:
     """Whether a tensor of a file is nothing that the encoder needs, though files of it hold it."""
     if isinstance(arch, ViT) and arch.head is not None:  # one tower of two, and of it one pooler of two
-        parts = ("visual.attn_pool_caption.", "visual.ln_caption.", "visual.proj_contrast", "visual.head.norm.")
+        parts = ("visual.attn_pool_caption.", "visual.ln_caption.", "visual.head.norm.")
         if not name.startswith("visual.") or name.startswith(parts):
             return True
     if isinstance(arch, CTNet) and name.startswith("classifier.6."):  # to the logits, whose number differs
@@ -134,6 +134,7 @@ _HEAD = {  # the linear one is open_clip's, the other CONCH's
     "head.qkv.bias": "visual.attn_pool_contrast.attn.in_proj_bias",
     "head.proj": "visual.attn_pool_contrast.attn.out_proj",
     "head.out_norm": "visual.ln_contrast",
+    "head.contrast": "visual.proj_contrast",
 }
 
 

@@ -137,6 +137,7 @@ def _shapes_head(arch: ViT) -> Shapes:
         "head.qkv.bias": (3 * out,),
         "head.proj.weight": (out, out),
         "head.proj.bias": (out,),
+        "head.contrast": (out, out),  # its rows are inputs
     }
 
 

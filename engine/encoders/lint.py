@@ -11,7 +11,8 @@ __all__ = ["tensorrt_findings"]
 # docs/operators.md. Control flow (If, Loop, Scan) it has too, but the parts that it cuts out run elsewhere.
 OPERATORS = {
     *("Add", "Cast", "Clip", "Concat", "Conv", "Div", "Gather", "Gelu", "LayerNormalization", "MatMul", "Mul", "Neg"),
-    *("MaxPool", "Pad", "ReduceMean", "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Split", "Sub", "Transpose"),
+    *("MaxPool", "Pad", "ReduceL2", "ReduceMean", "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Split", "Sub"),
+    "Transpose",
 }
 INTEGERS = {TensorProto.INT64, TensorProto.INT32}
 

@@ -140,6 +140,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "MultiHeadAttention": _attention,
     "Neg": torch.neg,
     "Pad": _pad,
+    "ReduceL2": lambda x, axes, keepdims: torch.linalg.vector_norm(x, dim=axes, keepdim=bool(keepdims)),
     "ReduceMean": lambda x, axes, keepdims: x.mean(axes, keepdim=bool(keepdims)),
     "Relu": torch.relu,
     "Reshape": _reshape,

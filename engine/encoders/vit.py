@@ -64,7 +64,8 @@ def build(
     """The graph for one resolution: [B, pixels, pixels, 3], uint8 or HU, to fp32 outputs, all after the final norm.
 
     cls [B, D]; mean [B, D], over the patch tokens, registers excluded; cls-mean [B, 2 D], one after the other;
-    token [B, g, g, D]; projected [B, head_width], of CLS by a linear head; pooled [B, head_width], by CONCH's pooler.
+    token [B, g, g, D]; projected [B, head_width], of CLS by a linear head; pooled [B, head_width], by CONCH's pooler;
+    contrast [B, head_width], that one times a matrix, of length 1.
     weights: the canonical layout (layout.py). pixels: a multiple of the patch. int8 exists for target "ort" only.
     """
     if precision == "int8" and target != "ort":
@@ -247,15 +248,18 @@ def _outputs(author: _Author, x: str, names: Sequence[str]) -> dict[str, list[in
             weight = g.constant("head.weight", author.weights["head.weight"].T)
             g.op("MatMul", cls("projected.cls"), weight, name=name)
             shapes[name] = ["B", author.arch.head_width]
-        elif name == "pooled" and head == "attention":
-            _pool(author, x, name)
+        elif name in ("pooled", "contrast") and head == "attention":
             shapes[name] = ["B", author.arch.head_width]
         else:
             raise ValueError(f"this ViT has no output called {name}")
+    if {"pooled", "contrast"} & set(names):
+        pooled = _pool(author, x)
+        if "contrast" in names:
+            _contrast(author, pooled)
     return shapes
 
 
-def _pool(author: _Author, x: str, name: str) -> None:
+def _pool(author: _Author, x: str) -> str:
     """One learned query attends to all tokens; a projection and a norm follow. [B, head_width], fp32
 
     The query does not depend on the picture, so its norm and projection are done here.
@@ -283,4 +287,11 @@ def _pool(author: _Author, x: str, name: str) -> None:
     y = g.op("Reshape", g.op("MatMul", share, v, name="head.attended"), g.ints("head.join", 0, out), name="head.joined")
     y = g.op("MatMul", y, g.constant("head.proj", weights["head.proj.weight"].T), name="head.proj.matmul")
     y = g.op("Add", y, g.constant("head.proj.bias", weights["head.proj.bias"]), name="head.proj.biased")
-    norm(g, weights, y, "head.out_norm", eps, output=name)
+    return norm(g, weights, y, "head.out_norm", eps, output="pooled")
+
+
+def _contrast(author: _Author, pooled: str) -> None:
+    """What CONCH compares with texts: the pooled vector times a matrix, of length 1. [B, head_width], fp32"""
+    g = author.graph
+    y = g.op("MatMul", pooled, g.constant("head.contrast", author.weights["head.contrast"]), name="head.contrasted")
+    g.op("Div", y, g.op("ReduceL2", y, g.ints("axis.width", 1), name="head.length", keepdims=1), name="contrast")

@@ -3,7 +3,7 @@
 Run `PYTHONPATH=build/lint python tests/golden/make_timm.py` where timm 1.0.31, open_clip_torch 3.3.0 and torchvision
 are installed, beside what patchmill.encoders needs: torchvision has no build for the torch of the extra `dev`. Models
 are made as their authors' code makes them (mahmoodlab/UNI, CONCH and TRIDENT, the cards of the others), at two blocks
-for the vectors. CONCH's pooler is put together of torch's own MultiheadAttention and LayerNorm.
+for the vectors. What follows CONCH's trunk is put together of torch's own parts.
 """
 
 import json
@@ -76,7 +76,7 @@ CONSTANTS = {"conch": CLIP, "biomedclip": CLIP, "h-optimus-0": OPTIMUS, "h-optim
 
 
 class Conch(nn.Module):
-    """The trunk, and what follows it: one query over all normed tokens, then a norm."""
+    """The trunk, and what follows it: one query over all normed tokens, a norm; then a projection, of length 1."""
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
@@ -86,12 +86,14 @@ class Conch(nn.Module):
         pool.ln_q, pool.ln_k = nn.LayerNorm(512), nn.LayerNorm(768)
         self.visual = nn.Module()
         self.visual.trunk, self.visual.attn_pool_contrast, self.visual.ln_contrast = trunk, pool, nn.LayerNorm(512)
+        self.visual.proj_contrast = nn.Parameter(torch.empty(512, 512))
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pool = self.visual.attn_pool_contrast
         tokens = pool.ln_k(self.visual.trunk.forward_features(pixels)).transpose(0, 1)  # [T, b, D]
         query = pool.ln_q(pool.query)[:, None].expand(-1, tokens.shape[1], -1)
-        return self.visual.ln_contrast(pool.attn(query, tokens, tokens, need_weights=False)[0][0])
+        pooled = self.visual.ln_contrast(pool.attn(query, tokens, tokens, need_weights=False)[0][0])
+        return pooled, nn.functional.normalize(pooled @ self.visual.proj_contrast, dim=-1)
 
 
 class BiomedClip(nn.Module):
@@ -156,6 +158,7 @@ def state_of(name: str, arch: ViT, weights: Mapping[str, np.ndarray]) -> dict[st
         pool = "visual.attn_pool_contrast"
         state |= {f"{pool}.attn.{letter}_proj_weight": weights[f"head.{letter}.weight"] for letter in "qkv"}
         state |= {f"{pool}.query": weights["head.query"][None], f"{pool}.attn.in_proj_bias": weights["head.qkv.bias"]}
+        state["visual.proj_contrast"] = weights["head.contrast"]
         for part in ("weight", "bias"):
             state[f"{pool}.attn.out_proj.{part}"] = weights[f"head.proj.{part}"]
             state[f"{pool}.ln_q.{part}"] = weights[f"head.query_norm.{part}"]
@@ -167,7 +170,7 @@ def state_of(name: str, arch: ViT, weights: Mapping[str, np.ndarray]) -> dict[st
 def outputs_of(name: str, arch: ViT, model: nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the authors use."""
     if name == "conch":
-        return {"pooled": model(pixels)}
+        return dict(zip(("pooled", "contrast"), model(pixels), strict=True))
     if name == "biomedclip":
         return {"projected": model.visual(pixels), "cls": model.visual.trunk.forward_features(pixels)[:, 0]}
     tokens = model.forward_features(pixels)
