@@ -7,16 +7,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
 from patchmill.benchmarks.inputs import write_histology
 from patchmill.cli import main
+from patchmill.cli.app import app
 from patchmill.encoders import gate_tiles, resolve
+from patchmill.encoders.cards import cards
+from patchmill.encoders.gate import THRESHOLDS
 from patchmill.types import EncodeSettings
 
 TOP = Path(__file__).parents[1]
 README = (TOP / "README.md").read_text(encoding="utf-8")
+ENCODERS = (TOP / "docs" / "encoders.md").read_text(encoding="utf-8")
 PAGES = [TOP / "README.md", TOP / "CONTRIBUTING.md", TOP / "CHANGELOG.md", *sorted((TOP / "docs").glob("*.md"))]
+
+
+def commands(command):
+    """A command and all below it."""
+    yield command
+    for child in getattr(command, "commands", {}).values():
+        yield from commands(child)
 
 
 def blocks(language):
@@ -50,7 +62,7 @@ def test_the_commands_run(folder, monkeypatch, capsys):
 
 
 def test_the_encoder_of_ones_own_is_one(tmp_path, monkeypatch):
-    (text,) = re.findall(r"```yaml\n(.*?)```", (TOP / "docs/encoders.md").read_text("utf-8"), flags=re.DOTALL)
+    (text,) = re.findall(r"```yaml\n(.*?)```", ENCODERS, flags=re.DOTALL)
     (tmp_path / "my-vit.yaml").write_text(text)
     monkeypatch.setenv("PATCHMILL_ENCODERS", str(tmp_path))
     settings = EncodeSettings(encoder="my-vit", untrained=0, precision="fp32")
@@ -66,6 +78,24 @@ def test_the_python_runs(folder, monkeypatch, capsys):
     outcomes, hits = capsys.readouterr().out.splitlines()
     assert outcomes.count("complete") == 2
     assert hits.count("tiff") == 5
+
+
+def test_the_gate_s_table_is_what_it_demands():
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", ENCODERS, flags=re.MULTILINE)
+    told = {name: tuple(map(float, numbers)) for name, *numbers in rows}
+    assert told == {name: (each.cosine, each.overlap, each.error) for name, each in THRESHOLDS.items()}
+
+
+def test_every_output_of_an_encoder_is_explained():
+    told = {name for row in re.findall(r"^\| (`.*?`) \|", ENCODERS, flags=re.MULTILINE) for name in row.split("`")}
+    assert told >= {name for each in cards().values() for name in each.outputs}
+
+
+def test_files_and_options_that_are_named_exist():
+    for path in re.findall(r"`((?:engine|tests|configs)/[\w/.]+)`", ENCODERS):
+        assert (TOP / path).exists(), path
+    known = {option for verb in commands(typer.main.get_command(app)) for each in verb.params for option in each.opts}
+    assert known >= set(re.findall(r"--[a-z][a-z-]+", ENCODERS))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

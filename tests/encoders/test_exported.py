@@ -105,7 +105,7 @@ def test_what_torch_exports_gives_what_torch_gives(folder):
     torch.manual_seed(0)
     net = Net().eval()
     example = torch.zeros(2, 3, 32, 32)
-    shapes = {"x": {0: torch.export.Dim("batch")}}
+    shapes = ({0: torch.export.Dim("batch")},)  # as docs/encoders.md has it: whatever the model calls its input
     names = {"input_names": ["x"], "output_names": ["embedding"]}
     torch.onnx.export(net, (example,), str(folder / "my-net.onnx"), dynamic_shapes=shapes, verbose=False, **names)
     assert (folder / "my-net.onnx.data").exists()
