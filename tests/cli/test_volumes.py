@@ -4,6 +4,9 @@ import csv
 import importlib.util
 import json
 import os
+import re
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import nibabel
@@ -116,7 +119,7 @@ def test_a_volume_from_end_to_end(patchmill, embed, tmp_path):
     assert again["tiles"] == 0
 
 
-def test_dense_features_become_a_grid(patchmill, embed, tmp_path):
+def test_dense_features_become_a_grid(patchmill, embed, tmp_path, monkeypatch):
     affine = np.diag([2.0, 2, 2, 1])
     affine[:3, 3] = -20
     write_nifti(tmp_path / "ball.nii.gz", ball(), affine)
@@ -146,6 +149,13 @@ def test_dense_features_become_a_grid(patchmill, embed, tmp_path):
     assert (ran.code, ran.err) == (0, "")
     assert "3 x 3 x 3 cells of 16.00 x 16.00 x 16.00 mm, 1280 wide, axial and coronal and sagittal" in ran.out
     assert np.isfinite(zarr.open_array(tmp_path / "fused.zarr", mode="r")[1, 1, 1]).all()
+    document = (Path(__file__).parents[2] / "docs/archive-format.md").read_text("utf-8")
+    _, example = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+    (tmp_path / "grid.zarr").symlink_to(tmp_path / "axial.zarr")
+    monkeypatch.chdir(tmp_path)
+    with redirect_stdout(StringIO()) as said:
+        exec(example, {})  # the documentation's own code
+    assert said.getvalue().startswith("(24, 3, 3, 1280) [")
     again = embed(archive, tmp_path / "ball.nii.gz", *options[:-1])
     assert again.code == 2
     assert "it holds mean, token of efficientnet-lite0" in again.err
