@@ -47,6 +47,7 @@ def installed() -> dict[str, str]:
 
 
 def _python() -> Iterator[Finding]:
+    yield Finding("patchmill", "ok", version("patchmill"))
     text = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     yield Finding("python", "ok", text)
 
@@ -117,11 +118,13 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    for card in known():
+    cards = known()
+    for card in cards:
         if card.weights:
             yield Finding(card.name, "ok", f"weights at {card.weights} ({card.found})")
-        else:
-            yield Finding(card.name, "note", "weights not found", card.found)
+    if missing := [card.name for card in cards if not card.weights]:
+        text = f"not found for {', '.join(missing)}"
+        yield Finding("weights", "note", text, "`patchmill encoders` says how to get each")
 
 
 def _folders() -> Iterator[Finding]:

@@ -33,7 +33,10 @@ PlanKey = Annotated[str | None, typer.Option("--plan", help="plan key, where the
 EncoderKey = Annotated[
     str | None, typer.Option("--encoder", help="encoder key or name, where the archive holds several")
 ]
-Output = Annotated[str | None, typer.Option(help="cls or mean, or another that the encoder has; its first by default")]
+Output = Annotated[
+    str | None,
+    typer.Option(help="which vectors, where the encoder has several, such as cls or mean; its first by default"),
+]
 Weights = Annotated[Path | None, typer.Option(help="weights file: safetensors, the index of several, or .pth")]
 Sources = Annotated[
     list[str], typer.Argument(metavar="SRC...", help="slides, volumes or images: files, folders, globs or CSV catalogs")
@@ -79,14 +82,16 @@ Decode = Annotated[
 ]
 Reader = Annotated[
     Literal["auto", "dicom", "omezarr", "openslide", "tiff"],
-    typer.Option(help="who decodes; auto chooses for each file and names it"),
+    typer.Option(help="slides: who decodes; auto chooses for each file and names it"),
 ]
 Precision = Annotated[Literal["auto", "fp32", "fp16", "bf16", "int8"], typer.Option(help="auto asks the gate")]
 Runtime = Annotated[
     Literal["auto", "cpu", "torch", "cuda", "tensorrt"],
     typer.Option(help="what runs the encoder; auto takes a GPU where torch or ONNX Runtime can use it"),
 ]
-MppOverride = Annotated[float | None, typer.Option(help="micrometres per level-0 pixel, in place of the file's")]
+MppOverride = Annotated[
+    float | None, typer.Option(help="slides: micrometres per level-0 pixel, in place of the file's")
+]
 
 
 @app.command(epilog="Example: patchmill embed slides/ --archive my-archive --encoder efficientnet-lite0")
@@ -258,7 +263,7 @@ def plan(
     mpp_override: MppOverride = None,
     as_json: Json = False,
 ) -> int:
-    """Where tiles would lie, without embedding them. Exit code 1 if a slide cannot be planned."""
+    """Where tiles would lie, without embedding them. Exit code 1 if a source cannot be planned."""
     from patchmill import api
     from patchmill.cli.text import previews_text
 
@@ -392,8 +397,14 @@ def _point(text: str, lps: bool) -> tuple[float, ...] | str:
 @probe_app.command(epilog="Example: patchmill probe knn my-archive --labels labels.csv")
 def knn(
     archive: ArchivePath,
-    labels: Annotated[Path, typer.Option(help="CSV: source,label and row or x,y; optional split, group")],
-    k: Annotated[list[int] | None, typer.Option("-k", help="neighbours; may be given several times")] = None,
+    labels: Annotated[
+        Path,
+        typer.Option(help="CSV: source,label and row, x,y, x,y,z or image; optional split, group; or a set's .npz"),
+    ],
+    k: Annotated[
+        list[int] | None,
+        typer.Option("-k", help="neighbours; may be given several times; 10, 20, 100 and 200 by default"),
+    ] = None,
     plan: PlanKey = None,
     encoder: EncoderKey = None,
     output: Output = None,
@@ -429,7 +440,7 @@ def encoders(
     precision: Precision = "auto",
     runtime: Runtime = "auto",
     pixels: Annotated[int | None, typer.Option(help="per side of the input; the encoder's own by default")] = None,
-    untrained: Annotated[int | None, typer.Option(metavar="SEED")] = None,
+    untrained: Annotated[int | None, typer.Option(metavar="SEED", help="random weights from this seed")] = None,
     as_json: Json = False,
 ) -> int:
     """List the encoders and where their weights are, prove one on this machine, or write its graph."""

@@ -1,5 +1,7 @@
 """How results read on a terminal."""
 
+import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -155,6 +157,7 @@ def demo_text(demo: Demo) -> str:
     probe = "\n".join(f"  {line}" for line in demo.probe.text().splitlines())
     rate = f"{demo.run.rate:.1f} tiles/s on this machine" if demo.run.tiles else "embedded by an earlier run"
     best = demo.hits.hits[0]
+    program = "patchmill" if shutil.which("patchmill") else sys.argv[0]  # of an environment that is not activated
     x, y = (best.place[axis] + 1 for axis in "xy")
     return f"""
 Made from {demo.slide}, {rate}:
@@ -167,6 +170,6 @@ This proves the machinery only: a colour rule says nothing about an encoder's wo
 {probe}
 
 Try next:
-  patchmill status {demo.archive}
-  patchmill query {demo.archive} --source {Path(best.path).name} --at {x},{y} -k 5 --picture hits2.png
-  patchmill embed YOUR-SLIDES/ --archive my-archive --encoder efficientnet-lite0"""
+  {program} status {demo.archive}
+  {program} query {demo.archive} --source {Path(best.path).name} --at {x},{y} -k 5 --picture hits2.png
+  {program} embed YOUR-SLIDES/ --archive my-archive --encoder efficientnet-lite0"""
