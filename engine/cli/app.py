@@ -299,7 +299,7 @@ def verify(
     keep: Annotated[bool, typer.Option("--keep", help="only tell; do not withdraw what is damaged")] = False,
     as_json: Json = False,
 ) -> int:
-    """Read every byte back; what is damaged is withdrawn, and the next embed repairs it. Exit code 1 if any was."""
+    """Read every byte back. What is damaged is withdrawn, and the next embed repairs it; exit code 1 if any was."""
     from patchmill import api
     from patchmill.cli.progress import counted
     from patchmill.cli.text import damage_text
@@ -340,7 +340,7 @@ def tokens(
     encoder: EncoderKey = None,
     as_json: Json = False,
 ) -> int:
-    """Write the dense features of a volume as one grid, with an affine to millimetres."""
+    """Write a volume's dense features as one grid. It has an affine to millimetres."""
     from patchmill import api
     from patchmill.cli.text import grid_text
 
@@ -366,7 +366,7 @@ def query(
     weights: Weights = None,
     as_json: Json = False,
 ) -> int:
-    """Find the tiles that look most like an image, or like a place in a source."""
+    """Find the tiles most like an image or a place."""
     from patchmill import api
 
     if (image is None) == (source is None) or (source is None) != (at is None):
@@ -443,7 +443,7 @@ def encoders(
     untrained: Annotated[int | None, typer.Option(metavar="SEED", help="random weights from this seed")] = None,
     as_json: Json = False,
 ) -> int:
-    """List the encoders and where their weights are, prove one on this machine, or write its graph."""
+    """List the encoders, prove one, write its graph. The list says where weights are or come from."""
     from patchmill import api
     from patchmill.cli.text import encoders_text, gate_text
 
@@ -481,7 +481,7 @@ def encoders(
 
 @app.command(epilog="Example: patchmill doctor")
 def doctor(as_json: Json = False) -> int:
-    """Look at what is installed, what excludes what, and what is missing. Exit code 1 if something is wrong."""
+    """Look at what is installed and what is missing. Exit code 1 if something is wrong."""
     from patchmill import api
     from patchmill.cli.text import doctor_text
 
@@ -496,7 +496,7 @@ def demo(
     slide: Annotated[Path | None, typer.Option(help="a slide of your own in place of the sample")] = None,
     as_json: Json = False,
 ) -> int:
-    """The main job on one small real slide: embed, index, query with a picture, probe. Safe to repeat."""
+    """The main job on one small real slide. It embeds, indexes, queries and probes; safe to repeat."""
     from patchmill import api
     from patchmill.cli.progress import run_progress
     from patchmill.cli.text import demo_text
