@@ -31,8 +31,8 @@ def commands(command):
         yield from commands(child)
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,30 @@ def test_files_and_options_that_are_named_exist():
         assert (TOP / path).exists(), path
     known = {option for verb in commands(typer.main.get_command(app)) for each in verb.params for option in each.opts}
     assert known >= set(re.findall(r"--[a-z][a-z-]+", ENCODERS))
+
+
+def test_labels_are_made_from_a_folder_per_class(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("Viable/Case-3-A_1.jpg", "Viable/Case-48-B_2.jpg", "Non-Tumor/P9-C_3.jpg", "Non-Tumor/Case-3-D_4.jpg"):
+        (tmp_path / "osteo" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(gate_tiles(224)[len(name) % 8]).save(tmp_path / "osteo" / name)
+    labels, cut, split = blocks("python", (TOP / "docs/probes.md").read_text("utf-8"))
+    exec(labels, {})
+    lines = (tmp_path / "labels.csv").read_text("utf-8").splitlines()
+    assert lines[0] == "source,image,label,group"
+    assert lines[1] == "osteo,Non-Tumor/Case-3-D_4.jpg,Non-Tumor,Case-3"
+    assert [line.rsplit(",", 1)[1] for line in lines[1:]] == ["Case-3", "P9", "Case-3", "Case-48"]
+    assert main(["embed", "osteo", "--as", "images", "--archive", "a", "--encoder", "efficientnet-lite0"]) == 0
+    capsys.readouterr()
+    assert main(["probe", "knn", "a", "--labels", "labels.csv", "-k", "1"]) == 0
+    assert "leave one of 3 groups out" in capsys.readouterr().out
+    exec(cut, {})
+    assert len(list((tmp_path / "osteo256").glob("*/*.png"))) == 4 * 16
+    (tmp_path / "labels-any.csv").write_text("source,image,label\n" + "".join(f"o,{n},{n % 2}\n" for n in range(12)))
+    exec(split, {})
+    split_lines = (tmp_path / "labels-split.csv").read_text("utf-8").splitlines()
+    assert split_lines[0] == "source,image,label,split"
+    assert sum(line.endswith(",test") for line in split_lines) == 8
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
