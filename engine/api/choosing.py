@@ -85,6 +85,8 @@ def encode_for(
     if hounsfield and kind != "volume":
         wrong = f"{encode.encoder} takes Hounsfield units, and these are {NAMES[kind]}"
         raise UsageError("--encoder", wrong, "use another encoder; this one is for CT volumes")
+    if box_of_encoder(encode.encoder) is not None and (slab or encode.slab) != 1:
+        raise UsageError("--slab", f"{encode.encoder} takes each volume as one box", "leave it out")
     if kind == "images":
         return replace(encode, fit=fit or encode.fit or "pad"), "", ""
     if kind == "slide":

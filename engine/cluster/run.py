@@ -352,6 +352,11 @@ def _check_plan(archive: Archive, plan: Settings, allowed: bool) -> None:
 
 
 def _check_view(plan: Settings, spec: EncoderSpec) -> None:
+    box = (plan.slices or 1, plan.tile) if isinstance(plan, VolumeSettings) else (1, None)
+    if box[0] != spec.view.depth or (box[0] > 1 and box[1] != spec.view.pixels):
+        takes = f"boxes of {spec.view.depth} slices of {spec.view.pixels} px" if spec.view.depth > 1 else "pictures"
+        wrong = f"{spec.name} takes {takes}, and the plan is: {plan.describe()}"
+        raise UsageError("--encoder", wrong, "leave the plan to the encoder")
     if isinstance(plan, PlanSettings | VolumeSettings) and plan.tile is not None and plan.tile < spec.view.pixels:
         wrong = f"tiles of {plan.tile} px would have to be enlarged to the {spec.view.pixels} px that {spec.name} takes"
         raise UsageError("--tile", wrong, f"use --tile {spec.view.pixels} or more, or fewer --pixels")

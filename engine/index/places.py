@@ -73,10 +73,10 @@ def in_volume(plan: VolumePlan, point: np.ndarray[Any, Any], rows: Int64[np.ndar
         at = plan.on_plane(plane, point)
         away = np.abs(coords[mine, 1] - at[0])
         corner, side = coords[mine, 2:], plan.sides[plane]
-        reach = max(0.5, plan.settings.every / 2) + 1e-6
-        if plan.settings.slices is not None:  # a box, around its middle
-            reach = plan.settings.slices * plan.spacing / plan.steps[PLANE_AXES[plane][0]] / 2 + 1
-        inside = (away <= reach) & ((corner <= at[1:]) & (at[1:] < corner + side)).all(axis=1)
+        near = away <= max(0.5, plan.settings.every / 2) + 1e-6
+        if plan.settings.slices is not None:
+            near = np.full(len(mine), plan.span[0] <= at[0] <= plan.span[1])
+        inside = near & ((corner <= at[1:]) & (at[1:] < corner + side)).all(axis=1)
         if not is_in(plan, plane, at) or not inside.any():
             continue
         middle = np.hypot(*(corner + side / 2 - at[1:]).T)
@@ -116,7 +116,8 @@ def place_of(plan: Plan, row: int) -> dict[str, Any]:
         case VolumePlan():
             plane, number, y, x = (int(value) for value in plan.coords[row])
             half = plan.sides[plane] / 2
-            mm = plan.in_space(plane, np.array([number, y + half, x + half]))
+            middle = number if plan.settings.slices is None else sum(plan.span) / 2
+            mm = plan.in_space(plane, np.array([middle, y + half, x + half]))
             return {"plane": PLANES[plane], "slice": number, "mm": [round(float(each), 4) for each in mm]}
         case ImagePlan():
             return {"number": int(plan.coords[row, 0])}

@@ -69,11 +69,14 @@ def read_slice(
 ) -> Image.Image:
     """The slice that a tile is a part of, in the encoder's greys; HU as CTs are usually shown.
 
-    Raises SourceError.
+    Of a box, the slice at the point, or that in its middle. Raises SourceError.
     """
     if view.dtype == "int16":
         view = replace(view, dtype="uint8", depth=1, intensity=presets()[USUAL["CT"]])
     plane, number, y, x = plan.coords[row].tolist()
+    if plan.settings.slices is not None and point is not None:
+        nearest = round(float(plan.on_plane(plane, np.array(point, float))[0]))
+        number = min(max(nearest, 0), plan.shape[PLANE_AXES[plane][0]] - 1)
     extents = [plan.shape[axis] * plan.steps[axis] / plan.spacing for axis in PLANE_AXES[plane][1:]]
     side = math.ceil(max(extents) - 1e-6)
     top, left = (-round((side - extent) / 2) for extent in extents)

@@ -13,6 +13,7 @@ class StageClock:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
+        self._within = 0.0  # seconds of the stages within the one that is under way
 
     @property
     def seconds(self) -> Mapping[str, float]:
@@ -21,12 +22,15 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the wall time of the body under `name`."""
-        start = time.perf_counter()
+        """Count the wall time of the body under `name`, but for that of stages within it."""
+        start, beside = time.perf_counter(), self._within
+        self._within = 0.0
         try:
             yield
         finally:
-            self._seconds[name] += time.perf_counter() - start
+            wall = time.perf_counter() - start
+            self._seconds[name] += wall - self._within
+            self._within = beside + wall
 
     @contextmanager
     def decoding(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Integer
 
 from patchmill.cluster import Doors
-from patchmill.encoders import GateReport, dtype_of
+from patchmill.encoders import GateReport, box_of_encoder, dtype_of
 from patchmill.sources import open_slide
 from patchmill.testing.slides import open_formula
 from patchmill.types import EncoderSpec, EncodeSettings, Slide, SourceRef, View
@@ -63,12 +63,14 @@ def null_spec(view: View) -> EncoderSpec:
 
 
 def view_of(settings: EncodeSettings) -> View:
-    """The view that settings ask for, in the dtype of the encoder that they name."""
+    """The view that settings ask for, in the dtype and the box of the encoder that they name."""
+    depth, pixels, _ = box_of_encoder(settings.encoder) or (1, 224, 0.0)
     return View(
-        pixels=settings.pixels or 224,
+        pixels=settings.pixels or pixels,
         dtype=dtype_of(settings.encoder),
         intensity=settings.intensity,
         slab=settings.slab,
+        depth=depth,
         fit=settings.fit,
     )
 

@@ -251,6 +251,13 @@ class VolumePlan:
         """Of a box: its upper side in pixels from the volume's, negative where it begins above that."""
         return -round(((self.settings.slices or 0) - self.shape[2] * self.steps[2] / self.spacing) / 2)
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """Of a box: its lower and its upper side, in slices of the grid by their centres."""
+        per_pixel = self.spacing / self.steps[2]
+        upper = self.shape[2] - 0.5 - self.top * per_pixel
+        return upper - (self.settings.slices or 0) * per_pixel, upper
+
     def on_plane(self, plane: int, point: Float64[np.ndarray, "*n 3"]) -> Float64[np.ndarray, "*n 3"]:
         """Points in millimetres (RAS+) as slice, y, x of a plane: slices by their centres, pixels by their corners."""
         inverse = np.linalg.inv(self.affine)

@@ -135,7 +135,7 @@ def test_an_oblique_volume_against_simpleitk(tmp_path):
 def test_where_it_lies_and_what_is_stored(tmp_path):
     volume = ArrayVolume(hu((20, 20, 15)), affine_of("RAS", (1.0, 1.0, 1.0), (10.0, 20.0, 30.0)))
     plan = plan_volume(volume, box(), "v")
-    assert place_of(plan, 0) == {"plane": "axial", "slice": 7, "mm": [19.5, 29.5, 37.0]}
+    assert place_of(plan, 0) == {"plane": "axial", "slice": 7, "mm": [19.5, 29.5, 37.5]}
     for name, data in plan_files(plan).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
