@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from patchmill.archive import SourceStore
 from patchmill.errors import SourceError, TransientError
@@ -28,7 +29,8 @@ def embed_sections(
     store: SourceStore,
     provenance: Mapping[str, str],
 ) -> ShardResult:
-    """Read, embed and commit one shard: all of it or nothing. Tiles on damaged parts of the file are marked unreadable.
+    """Read, embed and commit one shard: all of it or nothing. Tiles on damaged parts of the file are marked unreadable,
+    and those on which no voxel holds a number.
 
     Raises SourceError where the volume is not the one that was planned, its values do not suit the view, or a vector
     overflows float16; TransientError where its storage fails; and what stopped the encoder.
@@ -45,6 +47,9 @@ def embed_sections(
                 if voxels is None:
                     valid[rows.start - shard.start] = VALID_UNREADABLE
                 coords = plan.coords[rows]
+                if voxels is not None and voxels.dtype.kind == "f":
+                    lost = np.flatnonzero(blank(voxels, box, plan, coords, view))
+                    valid[rows.start - shard.start + lost] = VALID_UNREADABLE
                 for run in runs(coords):
                     low, high = box_of(plan, coords[run], replace(view, slab=1))
                     covered += math.prod(b - a for a, b in zip(low, high, strict=True))
@@ -66,6 +71,18 @@ def planned_grid(volume: PatientVolume, plan: VolumePlan, source: str) -> Grid:
     if grid.shape != plan.shape or not np.allclose(grid.affine, plan.affine, rtol=1e-9, atol=1e-9):
         raise SourceError(source, "its grid is not the one that was planned", "give the same options as before")
     return grid
+
+
+def blank(
+    voxels: np.ndarray[Any, Any], box: Box, plan: VolumePlan, coords: Int32[np.ndarray, "n 4"], view: View
+) -> Bool[np.ndarray, " n"]:
+    """Which tiles of a box lie on not one number, the neighbours of a slab apart: they would be black, and look good."""
+    found = np.zeros(len(coords), np.bool_)
+    for row in range(len(coords)):
+        low, high = box_of(plan, coords[row : row + 1], replace(view, slab=1))
+        own = voxels[tuple(slice(a - at, b - at) for a, b, at in zip(low, high, box[0], strict=True))]
+        found[row] = not (np.isfinite(own[::16, ::16, ::16]).any() or np.isfinite(own).any())  # mostly the first tells
+    return found
 
 
 def readable(

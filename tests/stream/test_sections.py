@@ -38,7 +38,7 @@ class FirstPixels:
         pass
 
 
-def embedded(tmp_path, volume, settings, again=None, shard_rows=16):
+def embedded(tmp_path, volume, settings, again=None, shard_rows=16, view=VIEW):
     """The vectors and validity of a volume's plan; again: what is opened to embed it, if not the same."""
     archive = Archive.create_or_open(tmp_path / "archive")
     entry = SourceEntry(id=archive.source_id("v"), name="v", path="/v", mpp=None, patient=None, labels={})
@@ -54,7 +54,7 @@ def embedded(tmp_path, volume, settings, again=None, shard_rows=16):
         with Patience(entry.id, 10) as patience:
             for shard in store.pending(plan.key, FirstPixels.spec):
                 patient = PatientVolume(again or volume, patience)
-                results.append(embed_sections(shard, patient, plan, VIEW, batcher, store, {}))
+                results.append(embed_sections(shard, patient, plan, view, batcher, store, {}))
     finally:
         batcher.close()
     store.complete(plan.key, FirstPixels.spec.key)
@@ -105,3 +105,20 @@ def test_another_volume_than_the_planned_one_is_refused(tmp_path):
     moved = ArrayVolume(noise(16, 16, 4), affine_of("LPS", (1.0, 1.0, 2.5)))
     with pytest.raises(SourceError, match="its grid is not the one that was planned"):
         embedded(tmp_path, volume, VolumeSettings(tissue="none"), moved)
+
+
+@pytest.mark.parametrize("nothing", [np.nan, np.inf])
+def test_tiles_without_a_number_are_unreadable(tmp_path, nothing):
+    voxels = noise(32, 32, 6).astype(np.float32) / 256
+    voxels[..., 2] = nothing
+    voxels[:16, :16, 4] = nothing  # one tile of four
+    voxels[16:, 16:, 5] = nothing
+    voxels[20, 20, 5] = 0.5  # one number is enough
+    volume = ArrayVolume(voxels, affine_of("LPS", (1.0, 1.0, 2.0)))
+    view = View(pixels=16, intensity=Intensity(windows=((0.0, 1.0),)))
+    plan, vectors, valid, results = embedded(tmp_path, volume, VolumeSettings(tissue="none", tile=16), view=view)
+    lost = {tuple(place) for place in plan.coords[valid == 2][:, 1:].tolist()}
+    assert lost == {(2, 0, 0), (2, 0, 16), (2, 16, 0), (2, 16, 16), (4, 0, 0)}
+    assert np.isnan(vectors[valid == 2]).all()
+    assert np.isfinite(vectors[valid == 1]).all()
+    assert sum(result.unreadable for result in results) == len(lost)
