@@ -23,7 +23,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from patchmill.sources.objects import Objects
 from patchmill.sources.patience import aside
 
-__all__ = ["UnsafeError", "open_guarded"]
+__all__ = ["METADATA", "UnsafeError", "open_guarded"]
 
 METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 KNOWN = {"bytes", "transpose", "zstd", "gzip", "zlib", "blosc", "crc32c", "sharding_indexed"}
@@ -44,6 +44,7 @@ class Guarded(Store):
     codecs: Sequence[str] = ()  # of the array, from the pixels to the file; known once it is open
     chunk = 0  # bytes of a decoded chunk
     shard = 0  # chunks of a shard; 0 where chunks are files
+    held = False  # whether any chunk was there
 
     def __init__(self, place: Path | Objects) -> None:
         super().__init__(read_only=True)
@@ -133,6 +134,7 @@ class GuardedFolder(Guarded):
                 case _:
                     data = file.read()
         if key not in METADATA:
+            self.held = True
             self.check(data, byte_range)
         return data
 
@@ -166,6 +168,7 @@ class GuardedObjects(Guarded):
                 raise  # all of it is gone
             return None
         if not known:
+            self.held = True
             if len(data) > (length if isinstance(byte_range, SuffixByteRequest) else (bounds[1] or 0) - bounds[0]):
                 raise UnsafeError("more than was asked for: its server gives whole files alone")
             if byte_range is None and len(data) > self.most:

@@ -76,7 +76,7 @@ def planned_grid(volume: PatientVolume, plan: VolumePlan, source: str) -> Grid:
 def blank(
     voxels: np.ndarray[Any, Any], box: Box, plan: VolumePlan, coords: Int32[np.ndarray, "n 4"], view: View
 ) -> Bool[np.ndarray, " n"]:
-    """Which tiles of a box lie on not one number, the neighbours of a slab apart: they would be black, and look good."""
+    """Which tiles of a box lie on not one number, a slab's neighbours apart: they would be black and look good."""
     found = np.zeros(len(coords), np.bool_)
     for row in range(len(coords)):
         low, high = box_of(plan, coords[row : row + 1], replace(view, slab=1))

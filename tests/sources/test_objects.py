@@ -178,6 +178,21 @@ def test_a_truncated_chunk_and_one_that_is_too_long_are_damage(tmp_path, shelf):
     assert longest < 2 * 4 * 8 * 16 * 2 + 5000  # no more of it was fetched
 
 
+def test_a_volume_without_any_chunk_is_refused_and_nothing_listed(tmp_path, shelf):
+    url = put(image(tmp_path / "a.zarr"), "shelf")
+    chunks = {key: found for key, found in shelf.objects.items() if "/c/" in key}
+    for key in chunks:
+        del shelf.objects[key]
+    volume = opened(url)
+    assert "none of its chunks is there; check its path" in refused(SourceError, whole, volume)
+    count = len(shelf.asked)
+    refused(SourceError, volume.read, (0, 0, 0), (1, 1, 1))
+    assert len(shelf.asked) <= count + 3  # nobody looks for them twice
+    last = max(chunks)
+    shelf.objects[last] = chunks[last]
+    assert not opened(url).read((0, 0, 0), (1, 1, 1)).any()
+
+
 DENIED = [PermissionError("Jane-Doe"), AnswerError(403), AnswerError(401), NoCredentialsError("Jane-Doe")]
 
 

@@ -266,6 +266,18 @@ def test_memory_does_not_grow_with_the_volume(tmp_path):
     assert psutil.Process().memory_info().rss - before < 64 << 20
 
 
+@pytest.mark.parametrize("shards", [None, (8, 16, 16)])
+def test_a_volume_without_any_chunk_is_refused(tmp_path, shards):
+    voxels = noise()
+    path = plain(tmp_path / "a", voxels, shards=shards)
+    shutil.rmtree(path / "c")
+    with pytest.raises(SourceError, match="volume: none of its chunks is there; check its path, or copy it again"):
+        whole(ZarrVolume(ref(path)))
+    made = zarr.open_array(path, mode="r+")
+    made[-1, -1, -1] = 5  # one is enough, whatever is read first
+    assert not ZarrVolume(ref(path)).read((0, 0, 0), (1, 1, 1)).any()
+
+
 def test_a_fill_value_of_nan_is_nan(tmp_path):
     voxels = noise(dtype="float32")
     path = plain(tmp_path / "a", voxels, fill_value=np.nan)

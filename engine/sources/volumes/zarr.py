@@ -24,9 +24,10 @@ from jaxtyping import Float64
 
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.files import failure
-from patchmill.sources.guardedstore import UnsafeError, open_guarded
+from patchmill.sources.guardedstore import METADATA, UnsafeError, open_guarded
 from patchmill.sources.objects import Objects, is_url, refusal
 from patchmill.sources.ome import MOST_ATTRIBUTES, MOST_SIDE, UNITS, inside, is_ome_zarr, multiscale
+from patchmill.sources.patience import beat
 from patchmill.sources.refused import Unsupported
 from patchmill.types import SourceRef
 
@@ -34,6 +35,7 @@ __all__ = ["ZarrVolume", "affine_of", "claims_to_be_one", "frame_of", "kept_as",
 
 Spacing = tuple[float, float, float]
 SPACE = ("x", "y", "z")
+MOST_PROBED = 4096  # chunks
 UNTOLD = ("nothing tells its spacing", "use --voxel X,Y,Z in millimetres")
 
 
@@ -67,7 +69,8 @@ class ZarrVolume:
         except Exception as error:  # damaged metadata makes zarr raise anything at all
             wrong = f"its metadata cannot be read ({type(error).__name__})"
             raise SourceError(ref.id, wrong, "check it or copy it again") from error
-        self._axes, self._chosen = facts.axes, chosen
+        self._folder, self._axes, self._chosen = facts.folder, facts.axes, chosen
+        self._held: bool | None = None  # whether any chunk is there; looked for where the first box has none
         self.reader = f"zarr {zarr.__version__}"
         self.shape = in_space(facts.axes, facts.shape)
         i, j, k = map(min, in_space(facts.axes, self._array.chunks), self.shape)
@@ -80,11 +83,15 @@ class ZarrVolume:
     def read(self, start: tuple[int, int, int], stop: tuple[int, int, int]) -> np.ndarray[Any, Any]:
         """Voxels [start, stop) with the axes x, y, z, in an array of their own.
 
-        Raises SourceError where a chunk of the box is damaged, TransientError where the storage fails.
+        Raises SourceError where a chunk of the box is damaged or the volume has no chunk at all, TransientError where
+        the storage fails.
         """
         place: dict[str, slice | int] = dict(zip(SPACE, map(slice, start, stop), strict=True)) | self._chosen
         try:
-            found = np.asarray(self._array[tuple(place.get(axis, 0) for axis in self._axes)])
+            if self._held is not False:
+                found = np.asarray(self._array[tuple(place.get(axis, 0) for axis in self._axes)])
+            if self._held is None and not self._array.store.held:
+                self._held = holds_chunks(self._array, self._folder)
         except FileNotFoundError as error:  # not of a chunk, which may be missing, but of all
             raise TransientError(self._ref.id, "it is no longer there", "mount its disk, run again") from error
         except Exception as error:  # every codec has errors of its own; all of them say that a chunk is damaged
@@ -97,6 +104,8 @@ class ZarrVolume:
             why = str(error) if isinstance(error, UnsafeError) else type(error).__name__
             wrong = f"undecodable within {box} ({why})"
             raise SourceError(self._ref.id, wrong, "check the volume or copy it again") from error
+        if self._held is False:
+            raise SourceError(self._ref.id, "none of its chunks is there", "check its path, or copy it again")
         kept = [axis for axis in self._axes if axis in SPACE]
         with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
             voxels = found.transpose([kept.index(axis) for axis in SPACE]).astype(self.dtype, copy=False)
@@ -105,6 +114,31 @@ class ZarrVolume:
 
     def close(self) -> None:
         """Nothing is held open between two reads."""
+
+
+def holds_chunks(array: Any, folder: Path | Objects) -> bool:
+    """Whether any chunk is there: without one, all would be the fill value. Raises OSError where the storage fails.
+
+    On an object store nothing is listed, for which many have no right: up to `MOST_PROBED`, evenly spread, are asked
+    for.
+    """
+    if not isinstance(folder, Objects):
+        return any(name not in METADATA for _, _, files in os.walk(folder) for name in files)
+    counts = [-(-size // side) for size, side in zip(array.shape, array.shards or array.chunks, strict=True)]
+    total = math.prod(counts)
+    probed = min(total, MOST_PROBED)
+    for turn in range(probed):  # from the middle on, where a volume is likelier to hold something
+        number = (total // 2 + turn * total // probed) % total
+        key = array.metadata.encode_chunk_key(tuple(int(each) for each in np.unravel_index(number, counts)))
+        beat()
+        try:
+            folder.read(key, 0, 1)
+        except FileNotFoundError:
+            continue
+        except PermissionError:  # it may be there, and reading it tells
+            return True
+        return True
+    return False
 
 
 def claims_to_be_one(path: str | os.PathLike[str]) -> bool:
