@@ -1,7 +1,8 @@
 """The verb `plan`: where a source's tiles would lie, without an archive; and the files that say so."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,11 +63,13 @@ def preview(
     mpp_override: float | None = None,
     voxel: tuple[float, float, float] | None = None,
     picture: str | Path | None = None,
+    watch: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Preview, ...]:
     """Plan sources as `embed` would, and say what it would do; nothing is kept.
 
     sources, kind, plan, mask, coords, mpp_override, voxel: as for `embed`. picture: a PNG of one slide; for several, a
-    folder of them. Raises UsageError; a source that cannot be planned is in the result.
+    folder of them. watch: called with a volume's path, and how many of its boxes are looked at, of how many. Raises
+    UsageError; a source that cannot be planned is in the result.
     """
     asked = plan if isinstance(plan, Settings) else None
     entries = find_sources(listed(sources), asked.kind if asked else kind)
@@ -87,6 +90,7 @@ def preview(
             ),
             settings,
             pictures.get(entry.name),
+            watch and partial(watch, entry.path),
         )
         for entry in entries
     )
@@ -97,7 +101,9 @@ def listed(sources: str | Path | Iterable[str | Path]) -> list[str | Path]:
     return [sources] if isinstance(sources, str | Path) else list(sources)
 
 
-def previewed(ref: SourceRef, settings: Settings, picture: Path | None) -> Preview:
+def previewed(
+    ref: SourceRef, settings: Settings, picture: Path | None, watch: Callable[[int, int], None] | None
+) -> Preview:
     """The plan of one source, drawn if there is a place for the picture."""
     try:
         with Patience(ref.id) as patience:
@@ -105,7 +111,7 @@ def previewed(ref: SourceRef, settings: Settings, picture: Path | None) -> Previ
                 case PlanSettings():
                     return previewed_slide(ref, settings, picture, patience)
                 case VolumeSettings():
-                    return previewed_volume(ref, settings, patience)
+                    return previewed_volume(ref, settings, patience, watch)
                 case ImageSettings():
                     images = patience.run(open_images, ref)
                     try:
@@ -142,11 +148,13 @@ def previewed_slide(ref: SourceRef, settings: PlanSettings, picture: Path | None
         slide.close()
 
 
-def previewed_volume(ref: SourceRef, settings: VolumeSettings, patience: Patience) -> Preview:
+def previewed_volume(
+    ref: SourceRef, settings: VolumeSettings, patience: Patience, watch: Callable[[int, int], None] | None
+) -> Preview:
     """The plan of a volume. Raises SourceError."""
     volume = PatientVolume(patience.run(open_volume, ref), patience)
     try:
-        made = plan_volume(volume, settings, ref.id)
+        made = plan_volume(volume, settings, ref.id, watch)
         counts = np.bincount(made.coords[:, 0], minlength=len(PLANES)).tolist()
         known = dict(zip(QUANTILES, made.quantiles, strict=True))
         return Preview(

@@ -265,19 +265,22 @@ def plan(
 ) -> int:
     """Where tiles would lie, without embedding them. Exit code 1 if a source cannot be planned."""
     from patchmill import api
+    from patchmill.cli.progress import looked_at
     from patchmill.cli.text import previews_text
 
-    found = api.preview(
-        src,
-        kind=kind,
-        plan=_plan_options(mpp, tile, overlap, tissue, min_tissue, decode, planes, spacing, every, frame),
-        voxel=_numbers("--voxel", voxel, 3) if voxel else None,
-        mask=mask,
-        coords=coords,
-        reader=reader,
-        mpp_override=mpp_override,
-        picture=picture,
-    )
+    with looked_at() as watch:
+        found = api.preview(
+            src,
+            kind=kind,
+            plan=_plan_options(mpp, tile, overlap, tissue, min_tissue, decode, planes, spacing, every, frame),
+            voxel=_numbers("--voxel", voxel, 3) if voxel else None,
+            mask=mask,
+            coords=coords,
+            reader=reader,
+            mpp_override=mpp_override,
+            picture=picture,
+            watch=watch,
+        )
     show({"plans": [each.as_dict() for each in found]}, lambda: previews_text(found), as_json)
     return int(any(each.wrong for each in found))
 

@@ -13,7 +13,7 @@ from patchmill.cli.common import shown
 from patchmill.cluster import Event, SourceOutcome
 from patchmill.types import SourceRef
 
-__all__ = ["RunProgress", "counted", "run_progress"]
+__all__ = ["RunProgress", "counted", "looked_at", "run_progress"]
 
 
 def outcome_line(outcome: SourceOutcome) -> str:
@@ -134,3 +134,22 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def looked_at() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for the volume that is planned, moved by calls with (its path, done, all); else as `counted`."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def watch(path: str, done: int, total: int) -> None:
+            if path not in tasks:
+                for ended in tasks.values():
+                    bars.remove_task(ended)
+                tasks.clear()
+                tasks[path] = bars.add_task(f"looking at {name_of(path)}", total=total)
+            bars.update(tasks[path], completed=done)
+
+        yield watch

@@ -7,7 +7,7 @@ are filled in every axial slice: lungs and bowel belong to the body. A volume wi
 microscopy, is cut somewhere through its middle, which keeps every tile that holds both halves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +38,18 @@ class Body:
     quantiles: tuple[float, ...]  # of the body's values, for each of QUANTILES
 
 
-def body_of(volume: Volume, grid: Grid, source: str, whole: bool) -> Body:
+def body_of(
+    volume: Volume, grid: Grid, source: str, whole: bool, watch: Callable[[int, int], None] | None = None
+) -> Body:
     """Find the body of a volume. whole: else only a sample is read, for the quantiles, and all is body.
 
     What lies on damaged parts of the file counts as body: its tiles are planned, and told to be unreadable. source: the
-    id that errors name. Raises SourceError where no voxel holds a number or can be decoded, TransientError where the
-    storage fails.
+    id that errors name. watch: called with the number of boxes that have been looked at, and of all. Raises SourceError
+    where no voxel holds a number or can be decoded, TransientError where the storage fails.
     """
     factor = max(1, int(np.ceil((np.prod(grid.shape, dtype=np.float64) / MOST_VOXELS) ** (1 / 3))))
     step = (min(factor, grid.shape[0]), min(factor, grid.shape[1]), min(factor, grid.shape[2]))
-    values, unknown, damage = looked_at(volume, grid, step, whole)
+    values, unknown, damage = looked_at(volume, grid, step, whole, watch)
     known = np.isfinite(values)
     if not known.any():
         if damage is not None:
@@ -76,7 +78,7 @@ def threshold_of(values: Float32[np.ndarray, " n"], units: str) -> float:
 
 
 def looked_at(
-    volume: Volume, grid: Grid, step: tuple[int, int, int], whole: bool
+    volume: Volume, grid: Grid, step: tuple[int, int, int], whole: bool, watch: Callable[[int, int], None] | None
 ) -> tuple[Float32[np.ndarray, "r a s"], Bool[np.ndarray, "r a s"], SourceError | None]:
     """Each n-th voxel's value, NaN where nobody looked, which lie on damaged parts, and what one of those raised.
 
@@ -90,7 +92,9 @@ def looked_at(
     if not whole:
         voxels = np.prod(grid.shape, dtype=np.float64)
         boxes = boxes[:: max(1, int(voxels // SAMPLED))]
-    for low, high in boxes:
+    for number, (low, high) in enumerate(boxes):
+        if watch is not None:
+            watch(number, len(boxes))
         first = tuple(-(-at // each) for at, each in zip(low, step, strict=True))
         past = tuple(-(-at // each) for at, each in zip(high, step, strict=True))
         place = tuple(slice(start, stop) for start, stop in zip(first, past, strict=True))

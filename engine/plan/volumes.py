@@ -1,7 +1,7 @@
 """From a volume and settings to its plan, and which tiles are read together."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,13 +35,15 @@ class Sections:
     box: Box  # of the plan's grid
 
 
-def plan_volume(volume: Volume, settings: VolumeSettings, source: str) -> VolumePlan:
+def plan_volume(
+    volume: Volume, settings: VolumeSettings, source: str, watch: Callable[[int, int], None] | None = None
+) -> VolumePlan:
     """All tiles of a volume: plane by plane, neighbouring slices together; 0 rows where there is no body.
 
     Tiles of a given size form a grid from the picture's top left corner that covers the whole plane; what reaches over
     its edge is black. Where each slice is one tile, that is the square around it. source: the id that errors name.
-    Raises SourceError where the volume is coarser than the spacing that is asked for, or one slice too large to be one
-    tile, and what reading it raises.
+    watch: called with the number of boxes that have been looked at, and of all. Raises SourceError where the volume is
+    coarser than the spacing that is asked for, or one slice too large to be one tile, and what reading it raises.
     """
     grid = grid_of(volume, source)
     if max(grid.shape) > MOST_SIDE:
@@ -57,7 +59,7 @@ def plan_volume(volume: Volume, settings: VolumeSettings, source: str) -> Volume
         wrong = f"its finest spacing is {own:g} mm, {settings.spacing:g} would enlarge it"
         raise SourceError(source, wrong, f"use --spacing {own:g} or more, or leave the volume out")
     spacing = settings.spacing or own
-    body = body_of(volume, grid, source, settings.tissue == "auto")
+    body = body_of(volume, grid, source, settings.tissue == "auto", watch)
     chunk = grid.in_grid(volume.chunk)
     sides, coords, tissue, considered = [0, 0, 0], [], [], 0
     group, block = WHOLE_GROUP, 1 << 20

@@ -7,9 +7,11 @@ import stat
 import h5py
 import numpy as np
 import pytest
+import zarr
 from PIL import Image
 
 from patchmill import EncodeSettings, PlanSettings, RunSettings, embed, preview
+from patchmill.cli.progress import looked_at
 from patchmill.errors import UsageError
 from patchmill.testing.encoders import null_doors
 from patchmill.testing.slides import FormulaSlide, write_pyramid
@@ -176,3 +178,27 @@ def test_a_pipe_is_no_mask(slides, tmp_path):
     os.mkfifo(tmp_path / "m.png")
     (found,) = preview(slides / "a.tif", mask=tmp_path / "m.png")
     assert "no regular file" in found.wrong
+
+
+def test_a_preview_tells_how_much_of_a_volume_it_has_looked_at(tmp_path, monkeypatch):
+    made = zarr.create_array(tmp_path / "a.zarr", shape=(8, 32, 48), dtype="uint8", chunks=(8, 16, 16))
+    made[...] = np.random.default_rng(0).integers(0, 255, made.shape)
+    monkeypatch.setattr("patchmill.plan.body.MOST_READ", 8 * 16 * 16)
+    calls = []
+    (found,) = preview(tmp_path / "a.zarr", voxel=(1.0, 1.0, 1.0), watch=lambda *call: calls.append(call))
+    assert not found.wrong
+    assert calls == [(str(tmp_path / "a.zarr"), done, 6) for done in range(6)]
+
+
+def test_a_bar_shows_what_is_looked_at_on_a_terminal_alone(monkeypatch, capsys):
+    with looked_at() as watch:
+        watch("/data/a.zarr", 1, 6)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which rich takes for a terminal
+    with looked_at() as watch:
+        watch("/data/a[b].zarr", 1, 6)
+        watch("/data/c.zarr", 0, 2)
+        watch("/data/c.zarr", 1, 2)
+    shown = capsys.readouterr().err
+    assert "looking at c.zarr" in shown
+    assert "1/2" in shown
