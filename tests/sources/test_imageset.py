@@ -262,6 +262,17 @@ def test_a_tar(opened, tmp_path, contents, form):
     check(opened(write_tar(tmp_path / "set.tar", {"x/0.json": b"{}", "._a.png": b"x", **contents}, form)))
 
 
+def test_names_that_lead_out_of_a_tar_are_names_like_others(opened, tmp_path):
+    told = {"../up.png": 1, "/abs.png": 2, "a/../b.png": 3, "./c.png": 4}
+    contents = {name: png(picture(seed)) for name, seed in told.items()}
+    images = opened(write_tar(tmp_path / "set.tar", {**contents, "../.hidden.png": b"x", ".d/../e.png": b"x"}))
+    assert list(images.names) == sorted(told)
+    good, out = decoded(images)
+    assert good.all()
+    for number, name in enumerate(images.names):
+        np.testing.assert_array_equal(out[number], picture(told[name]))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.dictionaries(

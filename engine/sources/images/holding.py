@@ -43,7 +43,8 @@ class Unreadable(Exception):  # noqa: N818 - what it is
 
 def is_picture(name: str) -> bool:
     """Whether a name is that of a picture, and not hidden."""
-    return name.lower().endswith(PICTURES) and not any(part.startswith(".") for part in name.split("/") if part != ".")
+    hidden = any(part.startswith(".") for part in name.split("/") if part not in (".", ".."))
+    return name.lower().endswith(PICTURES) and not hidden
 
 
 def readable(name: str) -> str:

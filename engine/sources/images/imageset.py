@@ -31,9 +31,10 @@ class ImageSetSource:
 
     A folder: its pictures (PNG, JPEG, TIFF and DICOM, by the endings in `PICTURES`) and those in its subfolders, named
     by their path within it, with forward slashes. Hidden files and folders are left out, and links that lead out of it;
-    links to folders are not followed. A tar: its members that are pictures, named as in the tar; of two of one name the
-    last counts, as when it is unpacked. An `.npz` in MedMNIST's layout: arrays `train_images`, `val_images` and
-    `test_images` of 8 bits, [n, h, w] or [n, h, w, 3], named as train/00000, in the order train, val, test.
+    links to folders are not followed. A tar: its members that are pictures, named as in the tar, hidden ones left out;
+    a name that leads out of it (`../a.png`, `/a.png`) is a name like others, since nothing is unpacked. Of two of one
+    name the last counts, as when it is unpacked. An `.npz` in MedMNIST's layout: arrays `train_images`, `val_images`
+    and `test_images` of 8 bits, [n, h, w] or [n, h, w, 3], named as train/00000, in the order train, val, test.
 
     A folder is listed anew whenever it is opened: who goes by numbers must compare the names.
     """
