@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from patchmill.errors import UsageError
 from patchmill.sources.dicomelements import Damaged
+from patchmill.sources.files import readable
 from patchmill.sources.objects import checked_url, is_url
 from patchmill.sources.ome import is_ome_zarr
 from patchmill.sources.slides.dicomlevels import Header, header_of, levels_within
@@ -449,15 +450,11 @@ def mpp_in(cell: str, where: str) -> float | None:
 def distinct(found: Sequence[CatalogEntry]) -> tuple[CatalogEntry, ...]:
     """Sorted by name; what is named twice in the same words counts once, as does a link to another one of them.
 
-    Anything less clear is refused.
+    Anything less clear is refused. A path that is no UTF-8, which no archive can hold, is escaped: opening it says so.
     """
-    for new in found:
-        if not new.name.isascii() and new.name.encode("utf-8", "replace") != new.name.encode(
-            "utf-8", "surrogateescape"
-        ):
-            raise UsageError(ascii(new.path), "its name is no UTF-8", "rename it, or name the others in a catalog")
     files = {os.path.realpath(each.path) for each in found if not os.path.islink(each.path)}
     found = [each for each in found if not (os.path.islink(each.path) and os.path.realpath(each.path) in files)]
+    found = [replace(each, name=readable(each.name), path=readable(each.path)) for each in found]
     by_name: dict[str, CatalogEntry] = {}
     by_file: dict[str, CatalogEntry] = {}
     for new in found:

@@ -2,12 +2,13 @@
 
 import errno
 import os
+import re
 import stat
 
 from patchmill.errors import SourceError, TransientError
 from patchmill.types import SourceRef
 
-__all__ = ["check_readable", "failure", "files_in"]
+__all__ = ["check_readable", "failure", "files_in", "readable"]
 
 TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN})
 
@@ -45,6 +46,8 @@ def files_in(folder: str | os.PathLike[str]) -> list[str]:
 
 def failure(source: str, error: OSError) -> SourceError:
     """What to raise for an error of the file system: never its text, which holds a path."""
+    if isinstance(error, FileNotFoundError) and stands_for_another(error.filename):
+        return SourceError(source, "its name is no UTF-8", "rename it")
     if isinstance(error, FileNotFoundError):
         return SourceError(source, "there is no such file", "check the path and that its disk is mounted")
     if isinstance(error, PermissionError):
@@ -53,3 +56,15 @@ def failure(source: str, error: OSError) -> SourceError:
     if error.errno in TRANSIENT or isinstance(error, TimeoutError):
         return TransientError(source, f"its storage fails ({name})", "run the same command again later")
     return SourceError(source, f"it cannot be read ({type(error).__name__}, {name})", "check the file")
+
+
+def readable(name: str) -> str:
+    """A name that can be written as UTF-8: bytes of the file system that are none become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def stands_for_another(path: object) -> bool:
+    """Whether a path that is not there is what `readable` makes of one that is."""
+    own = os.fsencode(path) if isinstance(path, str) else b""
+    meant = re.sub(rb"\\x([89a-f][0-9a-f])", lambda found: bytes.fromhex(found[1].decode()), own)
+    return meant != own and os.path.lexists(meant)

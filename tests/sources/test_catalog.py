@@ -5,9 +5,10 @@ import pytest
 import zarr
 from PIL import Image
 
-from patchmill.errors import UsageError
-from patchmill.sources import catalog, find_sources
+from patchmill.errors import SourceError, UsageError
+from patchmill.sources import catalog, content_fingerprint, find_sources, open_images, open_slide, open_volume
 from patchmill.sources.slides.dicomlevels import levels_within
+from patchmill.types import SourceRef
 
 
 @pytest.fixture
@@ -341,8 +342,31 @@ def test_a_name_that_is_no_text_is_told(tmp_path):
     bad = os.fsencode(tmp_path) + b"/b\xff.tiff"
     with open(bad, "wb") as file:
         file.write(b"II")
-    with pytest.raises(UsageError, match="its name is no UTF-8"):
-        find_sources([tmp_path])
+    found = find_sources([tmp_path])
+    assert "b\\xff.tiff" in [each.name for each in found]
+    (lost,) = [each for each in found if "xff" in each.name]
+    assert lost.path == f"{tmp_path}/b\\xff.tiff"
+    for kind, opening in (("slide", open_slide), ("volume", open_volume), ("images", open_images)):
+        with pytest.raises(SourceError, match="s: its name is no UTF-8; rename it"):
+            opening(SourceRef(id="s", path=lost.path, kind=kind))
+    with pytest.raises(SourceError, match="its name is no UTF-8"):
+        content_fingerprint(lost.path)
+    os.rename(bad, tmp_path / "c.tiff")
+    with pytest.raises(SourceError, match="there is no such file"):
+        open_slide(SourceRef(id="s", path=lost.path))
+
+
+def test_what_lies_in_a_folder_whose_name_is_no_utf8_fails_by_itself(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/d\xfe"
+    os.mkdir(folder)
+    for name in (folder + b"/a.nii", os.fsencode(tmp_path / "b.nii")):
+        with open(name, "wb") as file:
+            file.write(b"x")
+    assert names(tmp_path) == ["b.nii", "d\\xfe/a.nii"]
+    (alone,) = find_sources([os.fsdecode(folder)])
+    assert (alone.name, alone.path) == ("a.nii", f"{tmp_path}/d\\xfe/a.nii")
+    with pytest.raises(SourceError, match="its name is no UTF-8; rename it"):
+        open_volume(SourceRef(id="v", path=alone.path, kind="volume"))
 
 
 def test_an_archive_of_ours_below_a_folder_holds_no_sources(tmp_path):

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from patchmill.sources.files import readable
 from patchmill.sources.images.holding import (
     EVERY,
     MOST_BYTES,
@@ -14,7 +15,6 @@ from patchmill.sources.images.holding import (
     Holding,
     Unreadable,
     is_picture,
-    readable,
 )
 from patchmill.sources.patience import beat
 

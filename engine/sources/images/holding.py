@@ -1,6 +1,5 @@
 """What every kind of image set is to the rest: names of its images, and a way to each of them."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,6 @@ __all__ = [
     "Holding",
     "Unreadable",
     "is_picture",
-    "readable",
 ]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")  # how names of pictures end, in any case
@@ -45,8 +43,3 @@ def is_picture(name: str) -> bool:
     """Whether a name is that of a picture, and not hidden."""
     hidden = any(part.startswith(".") for part in name.split("/") if part not in (".", ".."))
     return name.lower().endswith(PICTURES) and not hidden
-
-
-def readable(name: str) -> str:
-    """A name that can be written as UTF-8: bytes of the file system that are none become \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import BinaryIO
 
+from patchmill.sources.files import readable
 from patchmill.sources.images.holding import (
     DAMAGED,
     EVERY,
@@ -14,7 +15,6 @@ from patchmill.sources.images.holding import (
     Holding,
     Unreadable,
     is_picture,
-    readable,
 )
 from patchmill.sources.patience import beat
 from patchmill.types import SourceRef
