@@ -44,6 +44,8 @@ class Preview:
     planes: Mapping[str, int] | None = None  # of a volume: tiles in each plane
     empty: int | None = None  # of a volume: tiles that hold too little of the body
     quantiles: tuple[float, float] | None = None  # of a volume: 0.5 % and 99.5 % of the body's values
+    unreadable_files: int = 0  # of the folder of a DICOM series, which may be slices of it
+    other_objects: int = 0  # of a DICOM series: files that bear its UID and are no slices
     picture: str | None = None  # a file
     wrong: str = ""  # why there is no plan
 
@@ -167,6 +169,8 @@ def previewed_volume(
             planes={name: count for name, count in zip(PLANES, counts, strict=True) if count},
             empty=made.empty,
             quantiles=(known[0.005], known[0.995]),
+            unreadable_files=int(volume.metadata.get("unreadable_files", 0)),
+            other_objects=int(volume.metadata.get("other_objects", 0)),
         )
     finally:
         volume.close()

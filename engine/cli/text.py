@@ -95,10 +95,16 @@ def other_preview(preview: Preview) -> list[str]:
     size = " x ".join(map(str, preview.shape))
     voxel = " x ".join(f"{each:.4g}" for each in preview.voxel)
     low, high = preview.quantiles or (0, 0)
+    notes = []
+    if preview.unreadable_files:
+        notes.append(f"  note: {preview.unreadable_files} files of its folder cannot be read and may be slices of it")
+    if preview.other_objects:
+        notes.append(f"  note: {preview.other_objects} files of its series are no slices and left out")
     return [
         f"{shown(preview.path)}: {preview.tiles} tiles ({planes or 'none'}), {preview.empty} left out as empty; "
         f"{size} voxels of {voxel} mm (right, anterior, superior), body from {low:.4g} to {high:.4g}",
         f"  reader {preview.reader}",
+        *notes,
     ]
 
 

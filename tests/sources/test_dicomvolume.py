@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
+from patchmill.api import preview
+from patchmill.cli.text import previews_text
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.refused import Unsupported
 from patchmill.sources.volumes.dicom import DicomVolume
@@ -706,6 +708,27 @@ def test_files_of_one_damage_are_counted(tmp_path):
     lost = [path for path in folder.iterdir() if b"1.2.3.4\0" not in path.read_bytes()[400:]]
     assert len(lost) == 3
     refused(lost[0], r"it has no SeriesInstanceUID \(2 more of its folder are alike\); copy it again, or export it")
+
+
+def test_what_of_its_folder_is_not_in_a_series_is_counted(tmp_path):
+    capture = "1.2.840.10008.5.1.4.1.1.7"
+    folder = made.write_series(tmp_path / "a")
+    whole = opened(folder).metadata
+    assert not {"unreadable_files", "other_objects"} & whole.keys()
+    last = max(series_of(folder), key=lambda header: header.planes[0].position[2])
+    data = Path(last.path).read_bytes()
+    Path(last.path).write_bytes(data[: data.index(b"\x20\0\x0e\0UI")])  # at an end, where no gap tells of it
+    for name, series in (("x.dcm", "1.2.3.4"), ("y.dcm", "1.2.3.4.5"), ("z.dcm", "1.2.3")):
+        made.slice_set(made.voxels()[:, :, 0].T, 99, series=series, object_class=capture).save_as(
+            folder / name, enforce_file_format=True
+        )
+    (folder / "notes.txt").write_bytes(b"no DICOM")
+    volume = opened(folder)
+    assert volume.shape == (12, 10, 5)
+    assert volume.metadata == whole | {"unreadable_files": 1, "other_objects": 1}
+    text = previews_text(preview(folder, kind="volume", voxel=None))
+    assert "note: 1 files of its folder cannot be read and may be slices of it" in text
+    assert "note: 1 files of its series are no slices and left out" in text
 
 
 def test_a_file_of_two_classes(tmp_path):

@@ -33,6 +33,7 @@ from patchmill.sources.volumes.dicomseries import (
     Stack,
     Tracer,
     damaged_within,
+    passed_over,
     series_of,
     series_within,
     stack_of,
@@ -84,9 +85,11 @@ class DicomVolume:
         """
         self._ref = ref
         try:
-            stack = stack_of(slices_at(ref), ref.id)
+            series = slices_at(ref)
+            stack = stack_of(series, ref.id)
             check_pixels(stack, ref.id)
             scales, self.units = scales_of(stack, ref.id)
+            unreadable, others = passed_over(os.path.dirname(series[0].path), series[0].series)
         except OSError as error:
             raise failure(ref.id, error) from error
         except (Unsupported, SourceError):
@@ -106,7 +109,12 @@ class DicomVolume:
         self.shape, self.affine = stack.shape, stack.affine
         self.chunk = (header.columns, header.rows, 1)
         kernel = {"kernel": header.kernel} if KERNEL.fullmatch(header.kernel) else {}
-        self.metadata: Mapping[str, str | int | float] = {"modality": header.modality, **kernel}
+        counts = {"unreadable_files": unreadable, "other_objects": others}  # of its folder; bearing its UID
+        self.metadata: Mapping[str, str | int | float] = {
+            "modality": header.modality,
+            **kernel,
+            **{name: count for name, count in counts.items() if count},
+        }
 
     def read(self, start: Place, stop: Place) -> Samples:
         """See `Volume`: a view. The first read decodes all slices. Raises SourceError, TransientError."""

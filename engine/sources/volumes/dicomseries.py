@@ -32,6 +32,7 @@ from patchmill.sources.dicomelements import (
     uid_in,
     value,
 )
+from patchmill.sources.files import files_in
 
 __all__ = [
     "Plane",
@@ -41,6 +42,7 @@ __all__ = [
     "damaged_within",
     "header_of",
     "object_in",
+    "passed_over",
     "series_of",
     "series_within",
     "stack_of",
@@ -200,6 +202,23 @@ def series_within(folder: str | os.PathLike[str]) -> dict[str, tuple[SliceHeader
 def damaged_within(folder: str | os.PathLike[str], how: str) -> int:
     """How many files in a folder have headers that are damaged in this way. Raises as `headers_within`."""
     return sum(isinstance(each, Damaged) and str(each) == how for each in headers_within(folder, header_of))
+
+
+def passed_over(folder: str | os.PathLike[str], series: str) -> tuple[int, int]:
+    """How many files in a folder cannot be read, so that they may be slices of a series, and how many others bear its
+    UID but are no slices. Raises OSError where the folder cannot be read.
+    """
+    unreadable = others = 0
+    told = re.compile(rb"\x20\0\x0e\0(?:UI..|....)" + re.escape(series.encode()) + rb"(?![0-9.])", re.DOTALL)
+    for path in files_in(folder):
+        try:
+            if header_of(path) is None:
+                with open(path, "rb") as file:
+                    head = file.read(HEAD)
+                others += start_of(head) is not None and told.search(head) is not None
+        except (OSError, Damaged):
+            unreadable += 1
+    return unreadable, others
 
 
 def object_in(path: str | os.PathLike[str]) -> str:
