@@ -497,11 +497,12 @@ def test_headers_that_lie_about_space_are_refused_before_memory_is_taken(embed, 
         "its axes i and j are not perpendicular (68.20 degrees)" in patchmill("plan", tmp_path / "sheared.nii.gz").out
     )
     big = zarr.create_array(tmp_path / "big.zarr", shape=(20000, 20000, 20000), dtype="uint8", chunks=(64, 64, 64))
+    big[0, 0, 0] = 1  # without any chunk it would be refused for that
     options = ("--as", "volume", "--voxel", "1,1,1", "--tile", 32, "--tissue", "none")
     ran = patchmill("plan", tmp_path / "big.zarr", *options)
     assert ran.code == 1
     assert "tiles or more; use --spacing, --every or a larger --tile" in ran.out
-    assert big.nchunks_initialized == 0
+    assert big.nchunks_initialized == 1
     long = tmp_path / "long.nii"
     write_nifti(long, ball())
     long.write_bytes(long.read_bytes() + bytes(24 * 24 * 2))
