@@ -21,6 +21,7 @@ ALLOWED = frozenset(  # what a store may say of its source; all else could name 
     {"fingerprint", "kind", "levels", "mpp", "mpp_x", "mpp_y", "objective", "reader", "subject", "vendor"}
     | {f"bounds_{side}" for side in ("x", "y", "width", "height")}
     | {"images", "kernel", "modality", "orientation", "shape", "spacing", "units"}
+    | {"other_objects", "unreadable_files"}  # counts of files
 )
 
 

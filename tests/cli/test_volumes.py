@@ -605,6 +605,8 @@ def test_a_damaged_slice_at_the_end_of_a_series_is_told(embed, tmp_path):
     outcomes = {Path(each["path"]).name: each for each in json.loads(ran.out)["outcomes"]}
     assert outcomes["slice000"]["wrong"] == ""
     assert outcomes["slice023"]["outcome"] == "failed"
+    (store,) = (tmp_path / "archive" / "sources").glob("*/*/data.zarr/zarr.json")
+    assert json.loads(store.read_bytes())["attributes"]["unreadable_files"] == 1
 
 
 def test_of_an_image_set_leaks_are_told_by_group_alone(patchmill, embed, tmp_path):
