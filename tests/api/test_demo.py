@@ -41,6 +41,14 @@ def labelled(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_a_folder_that_holds_anything_else_is_left_alone(slide, tmp_path):
+    (tmp_path / "labels.csv").write_text("precious")
+    with pytest.raises(UsageError, match="holds what the demonstration did not make; name another one"):
+        api.demo(tmp_path, slide=slide)
+    assert [each.name for each in tmp_path.iterdir()] == ["labels.csv"]
+    assert (tmp_path / "labels.csv").read_text() == "precious"
+
+
 def test_it_makes_everything_twice_over(slide, tmp_path):
     steps = []
     made = api.demo(tmp_path / "demo", slide=slide, say=steps.append)
