@@ -24,6 +24,8 @@ from patchmill.types import EncoderSpec
 
 __all__ = ["TorchEncoder"]
 
+torch.backends.cudnn.allow_tf32 = False  # PyTorch rounds fp32 convolutions to 10 bits by default; products it does not
+
 SLOTS = 3  # chunks on their way to the GPU: one copied into, one that travels, one that is worked on
 
 
