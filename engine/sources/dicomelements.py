@@ -8,8 +8,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from patchmill.errors import TransientError
 from patchmill.sources.files import failure, files_in
@@ -27,12 +27,14 @@ __all__ = [
     "UNDEFINED",
     "Bounded",
     "Damaged",
+    "by_series",
     "content",
     "headers_within",
     "items",
     "raw",
     "read_until",
     "runs",
+    "series_at",
     "tag_in",
     "uid_in",
     "value",
@@ -70,6 +72,48 @@ class Bounded(io.BufferedReader):
             raise Damaged("its header is too long")
         self.left -= size
         return super().read(size)
+
+
+class OfSeries(Protocol):
+    """A file of a series."""
+
+    @property
+    def series(self) -> str:
+        """UID of the series."""
+        ...
+
+    @property
+    def uid(self) -> str:
+        """UID of the file's content."""
+        ...
+
+
+File = TypeVar("File", bound=OfSeries)
+
+
+def by_series(headers: Iterable[File]) -> dict[str, tuple[File, ...]]:
+    """Files by series, in their order; a copy of a file counts once."""
+    found: dict[str, dict[str, File]] = {}
+    for header in headers:
+        found.setdefault(header.series, {}).setdefault(header.uid, header)
+    return {series: tuple(files.values()) for series, files in found.items()}
+
+
+def series_at(
+    path: str | os.PathLike[str],
+    header_of: Callable[[str | os.PathLike[str]], File | None],
+    within: Callable[[str | os.PathLike[str]], Mapping[str, tuple[File, ...]]],
+) -> tuple[File, ...]:
+    """The files of the series that a file belongs to, all in its folder, by name; none if it is no such file.
+
+    A folder stands for the one series in it; none if there are several. within: the series of a folder. Raises OSError,
+    and Damaged if the file's header is damaged.
+    """
+    if os.path.isdir(path):
+        series = list(within(path).values())
+        return series[0] if len(series) == 1 else ()
+    own = header_of(path)
+    return within(os.path.dirname(path)).get(own.series, ()) if own else ()
 
 
 def headers_within(folder: str | os.PathLike[str], header_of: Callable[[str], T | None]) -> Iterator[T | Damaged]:

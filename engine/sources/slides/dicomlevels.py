@@ -27,11 +27,13 @@ from patchmill.sources.dicomelements import (
     SYNTAX,
     Bounded,
     Damaged,
+    by_series,
     headers_within,
     items,
     raw,
     read_until,
     runs,
+    series_at,
     tag_in,
     uid_in,
     value,
@@ -119,16 +121,8 @@ class Frames:
 
 
 def levels_of(path: str | os.PathLike[str]) -> tuple[Header, ...]:
-    """The level files of the series that a file belongs to, all in its folder, by name; none if it is no such file.
-
-    A folder stands for the one series in it; none if there are several. Raises OSError, and Damaged if the file's
-    header is damaged.
-    """
-    if os.path.isdir(path):
-        series = list(levels_within(path).values())
-        return series[0] if len(series) == 1 else ()
-    own = header_of(path)
-    return levels_within(os.path.dirname(path)).get(own.series, ()) if own else ()
+    """The level files of the series that a file belongs to; see `series_at`."""
+    return series_at(path, header_of, levels_within)
 
 
 def levels_within(folder: str | os.PathLike[str]) -> dict[str, tuple[Header, ...]]:
@@ -136,11 +130,8 @@ def levels_within(folder: str | os.PathLike[str]) -> dict[str, tuple[Header, ...
 
     A copy of a file counts once. Raises as `headers_within`.
     """
-    found: dict[str, dict[str, Header]] = {}
-    for header in headers_within(folder, header_of):
-        if isinstance(header, Header) and header.volume:
-            found.setdefault(header.series, {}).setdefault(header.uid, header)
-    return {series: tuple(headers.values()) for series, headers in found.items()}
+    headers = headers_within(folder, header_of)
+    return by_series(header for header in headers if isinstance(header, Header) and header.volume)
 
 
 # ---------------------------------------------------------------------------------------------------------- headers

@@ -25,10 +25,12 @@ from patchmill.sources.dicomelements import (
     SYNTAX,
     Bounded,
     Damaged,
+    by_series,
     headers_within,
     items,
     raw,
     read_until,
+    series_at,
     uid_in,
     value,
 )
@@ -175,16 +177,8 @@ class Stack:
 
 
 def series_of(path: str | os.PathLike[str]) -> tuple[SliceHeader, ...]:
-    """The files of the series that a file belongs to, all in its folder, by name; none if it is no such file.
-
-    A folder stands for the one series in it; none if there are several. Raises OSError, and Damaged if the file's
-    header is damaged.
-    """
-    if os.path.isdir(path):
-        series = list(series_within(path).values())
-        return series[0] if len(series) == 1 else ()
-    own = header_of(path)
-    return series_within(os.path.dirname(path)).get(own.series, ()) if own else ()
+    """The files of the series that a file belongs to; see `series_at`."""
+    return series_at(path, header_of, series_within)
 
 
 def series_within(folder: str | os.PathLike[str]) -> dict[str, tuple[SliceHeader, ...]]:
@@ -192,11 +186,7 @@ def series_within(folder: str | os.PathLike[str]) -> dict[str, tuple[SliceHeader
 
     A copy of a file counts once. Raises as `headers_within`.
     """
-    found: dict[str, dict[str, SliceHeader]] = {}
-    for header in headers_within(folder, header_of):
-        if isinstance(header, SliceHeader):
-            found.setdefault(header.series, {}).setdefault(header.uid, header)
-    return {series: tuple(headers.values()) for series, headers in found.items()}
+    return by_series(header for header in headers_within(folder, header_of) if isinstance(header, SliceHeader))
 
 
 def damaged_within(folder: str | os.PathLike[str], how: str) -> int:
