@@ -11,7 +11,7 @@ from patchmill.errors import SourceError
 from patchmill.plan.body import Body, body_of
 from patchmill.sources.volumes.grids import Box, Grid, grid_of
 from patchmill.sources.volumes.sections import box_of
-from patchmill.types import PLANE_AXES, PLANES, View, Volume, VolumePlan, VolumeSettings
+from patchmill.types import PLANE_AXES, PLANES, View, Volume, VolumePlan, VolumeSettings, centred
 
 __all__ = ["Sections", "chunks_in", "plan_volume", "runs", "sections"]
 
@@ -109,17 +109,16 @@ def box_plan(volume: Volume, grid: Grid, settings: VolumeSettings, source: str) 
     body = body_of(volume, grid, source, settings.tissue == "auto")
     fraction = float(body.mask.mean())
     kept = int(fraction >= settings.min_tissue and fraction > 0)
-    y, x = (-round((settings.tile - grid.shape[axis] * grid.spacing[axis] / settings.spacing) / 2) for axis in (1, 0))
-    depth = WHOLE_GROUP
-    if volume.chunk != (1, 1, 1):
-        depth, _ = bounded(volume, grid, 0, replace(settings, slices=None, tile=None), settings.spacing, source)
+    y, x = (centred(settings.tile, grid.shape[axis] * grid.spacing[axis] / settings.spacing) for axis in (1, 0))
+    depth, _ = bounded(volume, grid, 0, replace(settings, slices=None, tile=None), settings.spacing, source)
+    together = MOST_BOX // (grid.shape[0] * grid.shape[1] * volume.dtype.itemsize)
     return VolumePlan(
         settings=settings,
         shape=grid.shape,
         affine=grid.affine,
         spacing=settings.spacing,
         sides=(settings.tile, 0, 0),
-        group=depth,
+        group=max(depth, min(together, grid.shape[2])),
         block=1,
         coords=np.array([[0, grid.shape[2] // 2, y, x]] * kept, np.int32).reshape(-1, 4),
         tissue=np.full(kept, round(fraction * 255), np.uint8),

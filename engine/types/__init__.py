@@ -15,6 +15,7 @@ from patchmill.types.plans import (
     SlidePlan,
     VolumePlan,
     VolumeSettings,
+    centred,
 )
 from patchmill.types.sources import Fit, ImageSet, Kind, Level, Slide, SourceRef, Volume
 from patchmill.types.streaming import Batch, Shard, ShardResult
@@ -52,5 +53,6 @@ __all__ = [
     "Volume",
     "VolumePlan",
     "VolumeSettings",
+    "centred",
     "fingerprint_of",
 ]

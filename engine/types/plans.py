@@ -23,6 +23,7 @@ __all__ = [
     "SlidePlan",
     "VolumePlan",
     "VolumeSettings",
+    "centred",
 ]
 
 PLANES = ("axial", "coronal", "sagittal")  # a tile's plane is stored as the number of its name here
@@ -249,7 +250,7 @@ class VolumePlan:
     @property
     def top(self) -> int:
         """Of a box: its upper side in pixels from the volume's, negative where it begins above that."""
-        return -round(((self.settings.slices or 0) - self.shape[2] * self.steps[2] / self.spacing) / 2)
+        return centred(self.settings.slices or 0, self.shape[2] * self.steps[2] / self.spacing)
 
     @property
     def span(self) -> tuple[float, float]:
@@ -320,6 +321,14 @@ class ImagePlan:
     def tissue(self) -> UInt8[np.ndarray, " n"]:
         """Nobody asked what an image shows: 255."""
         return np.full(self.rows, 255, np.uint8)
+
+
+def centred(side: int, extent: float) -> int:
+    """Where a box of so many pixels begins along an axis of so many, from the axis's start on; odd pixels at the end.
+
+    Source: pad_slices, pad_sides and crop_specified_axis of rachellea/ct-net-models, load_dataset/utils.py.
+    """
+    return -int((side - round(extent + 1e-3)) / 2)
 
 
 Settings = PlanSettings | VolumeSettings | ImageSettings
