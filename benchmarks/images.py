@@ -82,7 +82,7 @@ KINDS = (
 )
 
 
-def bench_images(*, images: int = 96, sides: Sequence[int] = SIDES, rounds: int = 5) -> Record:
+def bench_images(*, images: int = 256, sides: Sequence[int] = SIDES, rounds: int = 5) -> Record:
     """Images per second into uint8 batches of 224 px, with what `embed` does up to its encoder, on all cores.
 
     images: files of a folder, each cut from real histology at another place. sides: of these squares, in pixels.

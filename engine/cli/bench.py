@@ -161,7 +161,7 @@ def bench_volumes(
 
 @bench_app.command("images", epilog="Example: patchmill bench images --side 1024 --rounds 5")
 def bench_images(
-    images: Annotated[int, typer.Option(min=1, help="files of each folder that is made")] = 96,
+    images: Annotated[int, typer.Option(min=1, help="files of each folder that is made")] = 256,
     side: Annotated[
         list[int] | None, typer.Option(min=1, help="pixels; 224, 512 and 1024 by default; may be given several times")
     ] = None,
