@@ -64,12 +64,16 @@ def test_from_volumes_to_hits(patchmill, volumes, tmp_path):
     assert np.array_equal(vectors[0][0], vectors[1][0])  # the same body, whatever the axes of the file
     assert not np.array_equal(vectors[0][0], vectors[2][0])
     assert patchmill("index", archive).code == 0
-    found = patchmill(
-        "query", archive, "--source", volumes / "c.nii", "--at", "45,52,12", "--picture", tmp_path / "q.png"
-    )
+    place = ("--source", volumes / "c.nii", "--at")
+    found = patchmill("query", archive, *place, "45,52,12", "--picture", tmp_path / "q.png")
     assert found.code == 0, found.err
     assert found.out.count("axial slice") >= 3
-    assert (tmp_path / "q.png").stat().st_size > 1000
+    first = (tmp_path / "q.png").read_bytes()
+    again = patchmill("query", archive, *place, "45,52,18", "--picture", tmp_path / "r.png")
+    assert again.code == 0, again.err
+    assert (tmp_path / "r.png").read_bytes() != first  # another slice of the same box
+    beyond = patchmill("query", archive, *place, "45,52,24")  # in the volume, but not in the box
+    assert "no tile contains this place" in beyond.line
 
 
 def test_the_vector_is_that_of_the_box(patchmill, volumes, tmp_path):

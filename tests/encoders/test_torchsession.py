@@ -207,3 +207,8 @@ def test_tiles_of_another_size_or_dtype_are_refused(late, plain, tiles):
         with pytest.raises(EncoderError, match=r"the encoder takes uint8 \[b, 64, 64, 3\]"):
             encoder(wrong)
     encoder.close()
+
+
+def test_convolutions_in_fp32_are_not_rounded():
+    """PyTorch's default, TF32, has the mantissa of fp16."""
+    assert not torch.backends.cudnn.allow_tf32

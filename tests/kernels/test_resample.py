@@ -1,5 +1,7 @@
 """`resample`: a box of slices out of a volume, along all three axes."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,6 +83,16 @@ def test_any_box_equals_its_definition(seed, dtype, order, flipped, data):
     for to in ("int16", "uint8"):
         fast, slow = (boxed(voxels, tables, window, how, to) for how in (resample, reference.resample))
         assert np.abs(fast.astype(int) - slow).max() <= 1
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("flipped", list(itertools.product((False, True), repeat=3)))
+def test_a_box_is_the_same_however_memory_holds_the_voxels(order, flipped):
+    voxels = volume(5, (4, 9, 11), "int16")
+    flips = tuple(slice(None, None, -1 if each else 1) for each in flipped)
+    tables = tables_of(voxels.shape, ((0.2, 0.6), (9, -1.4), (0.5, 1.3)), (6, 7))
+    found, wanted = boxed(laid(voxels, order, flips), tables), boxed(voxels, tables, how=reference.resample)
+    assert np.abs(found.astype(int) - wanted).max() <= 1
 
 
 @both

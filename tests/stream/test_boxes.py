@@ -1,5 +1,6 @@
 """Shards of volumes that are one box."""
 
+import time
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ from patchmill.errors import SourceError, TransientError
 from patchmill.plan import plan_volume
 from patchmill.sources import Patience, PatientVolume
 from patchmill.stream import Batcher, embed_box
+from patchmill.stream.clock import StageClock
 from patchmill.testing.volumes import ArrayVolume, affine_of
 from patchmill.types import EncoderSpec, View, VolumeSettings
 
@@ -105,3 +107,13 @@ def test_values_that_are_no_hu_are_refused(tmp_path):
     volume = ArrayVolume(hu(16, 16, 12), affine_of("LPS", (1.0, 1.0, 1.0)), units="SUV")
     with pytest.raises(SourceError, match="takes Hounsfield units"):
         embedded(tmp_path, volume)
+
+
+def test_a_stage_within_another_counts_there_alone():
+    clock = StageClock()
+    with clock.stage("outer"):
+        for _ in range(2):
+            with clock.stage("inner"):
+                time.sleep(0.02)
+    assert clock.seconds["inner"] >= 0.04
+    assert clock.seconds["outer"] < clock.seconds["inner"]
