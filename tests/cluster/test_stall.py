@@ -14,14 +14,19 @@ import zarr
 from patchmill.archive import Archive, verify
 from patchmill.testing.slides import FormulaSlide, write_formula
 
-# Whatever opens a chunk of a slide that is called stalled waits for ever, once the slide has been planned.
+# Whatever opens a chunk of a slide that is called stalled waits for ever, once the slide has been planned; and that
+# waits for so many commits of others.
 SCRIPT = """
-import sys, threading
-archive, limit, *sources = sys.argv[1:]
+import sys, threading, time
+from pathlib import Path
+archive, limit, commits, *sources = sys.argv[1:]
 
 def never(event, arguments):
-    chunk = event == "open" and "stalled" in str(arguments[0]) and "/c/" in str(arguments[0])
-    if chunk and threading.current_thread().name != "patchmill-storage":  # which made its fingerprint
+    if event != "open" or "stalled" not in str(arguments[0]):
+        return
+    while list(Path(archive).glob("runs/*")) and len(list(Path(archive).glob("sources/*/*/commits/*/*/*.json"))) < int(commits):
+        time.sleep(0.05)
+    if "/c/" in str(arguments[0]) and threading.current_thread().name != "patchmill-storage":  # made its fingerprint
         threading.Event().wait()
 
 sys.addaudithook(never)
@@ -46,8 +51,8 @@ def begin():
     """Starts a run without workers in a process of its own; what is left of it at the end of the test is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(archive: Path, *sources: Path, limit: float) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", SCRIPT, str(archive), str(limit), *map(str, sources)]
+    def start(archive: Path, *sources: Path, limit: float, commits: int = 0) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", SCRIPT, str(archive), str(limit), str(commits), *map(str, sources)]
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -80,9 +85,9 @@ def write_omezarr(path: Path) -> Path:
 
 
 def acknowledged(archive: Path) -> list[Path]:
-    """The commits of the 100 tiles of one slide, in shards of 16, once all are there."""
+    """The commits of the 100 tiles of one slide, in shards of 16, and of the whole, once all are there."""
     commits = list(archive.glob("sources/*/*/commits/*/*/*.json"))
-    return commits if len(commits) == 7 else []
+    return commits if len(commits) == 8 else []
 
 
 @pytest.mark.timeout(120)
@@ -109,7 +114,7 @@ def test_ctrl_c_ends_a_run_that_waits_for_storage(tmp_path, begin, kind):
     good = tmp_path / "good.json"
     write_formula(good, width=640, height=640)
     archive = tmp_path / "archive"
-    child = begin(archive, good, stalled, limit=3600)
+    child = begin(archive, good, stalled, limit=3600, commits=8)
     deadline = time.monotonic() + 60
     # All three threads of tasks wait for it in the end; by then the other slide has been embedded.
     while len(list(archive.glob("runs/*/open/*"))) < 3 or not acknowledged(archive):
