@@ -108,7 +108,7 @@ def bench_pipeline(
 @bench_app.command("ingest", epilog="Example: patchmill bench ingest --rounds 5 --json")
 def bench_ingest(
     inputs: Inputs = None,
-    tiles: Annotated[int, typer.Option(min=2, help="tiles per side of the slides that are made without --input")] = 24,
+    tiles: Annotated[int, typer.Option(min=2, help="tiles per side of the slides that are made without --input")] = 48,
     rounds: Rounds = 5,
     as_json: Json = False,
 ) -> int:
