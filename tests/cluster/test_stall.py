@@ -24,7 +24,8 @@ archive, limit, commits, *sources = sys.argv[1:]
 def never(event, arguments):
     if event != "open" or "stalled" not in str(arguments[0]):
         return
-    while list(Path(archive).glob("runs/*")) and len(list(Path(archive).glob("sources/*/*/commits/*/*/*.json"))) < int(commits):
+    pattern = "sources/*/*/commits/*/*/*.json"
+    while list(Path(archive).glob("runs/*")) and len(list(Path(archive).glob(pattern))) < int(commits):
         time.sleep(0.05)
     if "/c/" in str(arguments[0]) and threading.current_thread().name != "patchmill-storage":  # made its fingerprint
         threading.Event().wait()
