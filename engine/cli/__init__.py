@@ -2,16 +2,51 @@
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 __all__ = ["main"]
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+ENDING = 10.0  # seconds after a Ctrl-C in which no other is heard, so that what it has stopped ends in order
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. argv: the arguments after the program's name, sys.argv's by default."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup and the like ignore it
+    hears = usual and threading.current_thread() is threading.main_thread()
+    try:
+        if hears:
+            signal.signal(signal.SIGINT, _interrupts())
+        code = _run(argv)
+        if hears:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return code
+    except KeyboardInterrupt:
+        if hears:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own end would answer it with a traceback
+        return _say("stopped; all that was acknowledged is kept, and the same command goes on from there", INTERRUPTED)
+
+
+def _interrupts() -> Callable[[int, Any], None]:
+    """A handler that raises KeyboardInterrupt, but not again within ENDING; later it does, as one may get lost."""
+    heard = -ENDING
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal heard
+        if time.monotonic() - heard >= ENDING:
+            heard = time.monotonic()
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run one command; returns its exit code. Raises KeyboardInterrupt."""
     import typer
     from typer.exceptions import TyperException
 
@@ -41,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         wrong = f"cannot be written ({errno.errorcode.get(error.errno or 0, type(error).__name__)})"
         return _say(f"stdout: {wrong}; see to its disk, what was done is kept", 1)
-    except (KeyboardInterrupt, typer.Abort):
-        return _say("stopped; all that was acknowledged is kept, and the same command goes on from there", INTERRUPTED)
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
 
 
 def _stdout_fails() -> bool:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -92,6 +93,21 @@ Runtime = Annotated[
 MppOverride = Annotated[
     float | None, typer.Option(help="slides: micrometres per level-0 pixel, in place of the file's")
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"patchmill {version('patchmill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    told: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """The program's own options; the help is that of `app`."""
 
 
 @app.command(epilog="Example: patchmill embed slides/ --archive my-archive --encoder efficientnet-lite0")

@@ -4,7 +4,6 @@ import asyncio
 import fcntl
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -70,7 +69,9 @@ class _MortalWorker(SubprocessWorker):
     async def _start(self) -> None:
         spec = json.dumps({"cls": self.worker_class, "opts": self.worker_kwargs})
         command = (sys.executable, "-c", _MORTAL, str(os.getpid()), self.scheduler, "--spec", spec)
-        self.process = await asyncio.create_subprocess_exec(*command, env={**os.environ, **_QUIET, **self._environment})
+        environment = {**os.environ, **_QUIET, **self._environment}
+        # In a session of its own no Ctrl-C reaches it: that is the driver's, which closes its workers.
+        self.process = await asyncio.create_subprocess_exec(*command, env=environment, start_new_session=True)
 
 
 class _HoldsTheArchive(WorkerPlugin):
@@ -82,7 +83,6 @@ class _HoldsTheArchive(WorkerPlugin):
         self._lock = lock
 
     def setup(self, worker: Worker) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it closes its workers
         handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(handle, fcntl.LOCK_SH)  # never released: the kernel does it when this process has ended
 

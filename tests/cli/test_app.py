@@ -2,7 +2,9 @@
 
 import json
 import shlex
+import tomllib
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import h5py
@@ -45,6 +47,13 @@ def test_help_exits_0_and_goes_to_stdout(patchmill, verb):
 
 def test_no_argument_at_all_shows_the_help(patchmill):
     assert patchmill() == patchmill("--help")
+
+
+def test_the_version_is_that_of_the_project(patchmill):
+    own = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["version"]
+    ran = patchmill("--version")
+    assert (ran.code, ran.out, ran.err) == (0, f"patchmill {own}\n", "")
+    assert "--version" in patchmill("--help").out
 
 
 @pytest.mark.parametrize("verb", LEAVES)

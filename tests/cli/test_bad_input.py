@@ -406,7 +406,7 @@ def test_a_reader_that_has_seen_enough_is_told_nothing(archive, arguments):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ctrl_c_is_exit_130_and_the_next_run_finishes(embed, archive, slides, digests, tmp_path, workers):
+def test_ctrl_c_however_often_is_exit_130_and_the_next_run_finishes(embed, archive, slides, digests, tmp_path, workers):
     write_pyramid(tmp_path / "long.tif", FormulaSlide(3360, 3360))
     command = [
         *(Path(sys.executable).with_name("patchmill"), "embed", slides, tmp_path / "long.tif"),
@@ -418,7 +418,9 @@ def test_ctrl_c_is_exit_130_and_the_next_run_finishes(embed, archive, slides, di
         deadline = time.monotonic() + 60
         while not list(archive.glob("runs/*/open/*.0")) and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+        while child.poll() is None and time.monotonic() < deadline + 30:
+            os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+            time.sleep(0.02)
         out, err = child.communicate(timeout=60)
     finally:
         if child.poll() is None:
@@ -432,6 +434,10 @@ def test_ctrl_c_is_exit_130_and_the_next_run_finishes(embed, archive, slides, di
     assert "Traceback" not in err
     assert digests(archive) == {**before, **dict.fromkeys(digests(archive).keys() - before.keys())}
     assert not list(archive.glob("runs/*/open/*"))
+    assert {json.loads(path.read_text())["stopped"] for path in archive.glob("runs/*/report.json")} == {
+        "",
+        "interrupted",
+    }
 
     ran = embed(archive, slides, tmp_path / "long.tif")
     assert ran.code == 0

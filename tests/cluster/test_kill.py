@@ -78,11 +78,13 @@ def kill_and_resume(folder, start, finish, *, kills, rate, longest, write=write_
             time.sleep(chance.uniform(0, 0.5))
         else:
             time.sleep(chance.uniform(0.5, longest))
-        with suppress(ProcessLookupError):  # it may have come to its end
-            if kill % 2:
-                os.killpg(child.pid, signal.SIGKILL)
-            else:  # the driver alone: its workers must end by themselves, and must not write beside the next run
-                os.kill(child.pid, signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):  # it may have come to its end
+            driver = psutil.Process(child.pid)
+            family = driver.children(recursive=True) if kill % 2 else []
+            driver.kill()  # its workers, if they are spared, must end by themselves, and not write beside the next run
+            for each in family:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
         child.communicate()
         after = acknowledged(archive)
         assert before.items() <= after.items(), "a shard was lost or done twice"
