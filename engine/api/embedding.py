@@ -50,15 +50,16 @@ def embed(
     voxel: millimetres along x, y, z for volumes whose files tell none. mask, coords: masks in place of the tissue rule,
     or lists of tiles; a file for one slide, or a folder with a file per slide of the same name. watch, found, say:
     called with progress, once with all sources, and with what a user must know. doors: other ways to open sources and
-    encoders, for tests. Raises UsageError, EncoderError, ArchiveError or NoSpaceError where the run as a whole cannot
-    go on; a source that fails is in the report.
+    encoders, for tests. Raises UsageError, EncoderError, ArchiveError, NoSpaceError, or TransientError where a folder of
+    sources does not answer: then the run as a whole cannot go on; a source that fails is in the report.
     """
     if mpp_override is not None and not (math.isfinite(mpp_override) and mpp_override > 0):
         raise UsageError("--mpp-override", f"{mpp_override:g} is no resolution", "give µm per level-0 pixel, as 0.25")
     if voxel is not None and not all(math.isfinite(each) and each > 0 for each in voxel):
         raise UsageError("--voxel", f"{voxel} are no lengths", "give millimetres along x, y and z, as 0.5,0.5,2")
     asked = plan if isinstance(plan, Settings) else None
-    entries = find_sources(listed(sources), asked.kind if asked else kind)
+    how = run or RunSettings()
+    entries = find_sources(listed(sources), asked.kind if asked else kind, how.read_timeout)
     settings = asked or settings_for(entries[0].kind, plan if isinstance(plan, Mapping) else {})
     encode, units, note = encode_for(
         encode or EncodeSettings(), entries, intensity=intensity, window=window, slab=slab, fit=fit
@@ -73,7 +74,6 @@ def embed(
         registered = [_entry(target, entry, mpp_override) for entry in entries]
         target.register(registered)
         known = {ref.id: ref for ref in target.refs()}
-        how = run or RunSettings()
         refs = tuple(
             replace(
                 known[entry.id],

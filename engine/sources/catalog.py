@@ -5,7 +5,7 @@ import glob
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,6 +16,7 @@ from patchmill.sources.dicomelements import Damaged
 from patchmill.sources.files import readable
 from patchmill.sources.objects import checked_url, is_url
 from patchmill.sources.ome import is_ome_zarr
+from patchmill.sources.patience import READ_TIMEOUT, Patience, beat
 from patchmill.sources.slides.dicomlevels import Header, header_of, levels_within
 from patchmill.sources.volumes.dicomseries import SliceHeader, object_in, series_within
 from patchmill.sources.volumes.dicomseries import header_of as slice_header_of
@@ -48,7 +49,9 @@ class CatalogEntry:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_sources(paths: Sequence[str | os.PathLike[str]], kind: Kind | None = None) -> tuple[CatalogEntry, ...]:
+def find_sources(
+    paths: Sequence[str | os.PathLike[str]], kind: Kind | None = None, limit: float = READ_TIMEOUT
+) -> tuple[CatalogEntry, ...]:
     """All sources that files, folders, globs and CSV catalogs name, sorted by name.
 
     kind: what they are; None goes by what is there. Folders are searched with their subfolders: for slides by their
@@ -63,8 +66,15 @@ def find_sources(paths: Sequence[str | os.PathLike[str]], kind: Kind | None = No
     first level), whichever of them is named; a volume bears the series' UID as its name.
 
     Raises UsageError: nothing there, a folder without sources or not readable, a catalog that is no catalog, two
-    sources of one name, one file named twice, slides and volumes in one run, pictures that may be either.
+    sources of one name, one file named twice, slides and volumes in one run, pictures that may be either. Raises
+    TransientError, which names the folder or file, where storage does not answer for `limit` seconds.
     """
+    with Patience("SRC", limit) as patience:
+        return patience.run(sources_of, paths, kind)
+
+
+def sources_of(paths: Sequence[str | os.PathLike[str]], kind: Kind | None) -> tuple[CatalogEntry, ...]:
+    """`find_sources`, however long it takes."""
     series_in.cache_clear()
     volumes_in.cache_clear()
     found: list[CatalogEntry] = []
@@ -86,6 +96,7 @@ NAMES: Mapping[Kind, str] = {"slide": "slides", "volume": "volumes", "images": "
 
 def entries_of(src: str, kind: Kind | None) -> Iterator[CatalogEntry]:
     """The entries of one SRC."""
+    beat(src)
     path = Path(src)
     if is_url(src):
         yield url_entry(src, kind)
@@ -160,6 +171,7 @@ def series_of(path: Path) -> Sequence[SliceHeader]:
 
 def fault_in(path: Path) -> str | None:
     """What is wrong with the header of a DICOM file, "" where it has none that can be read; None of any other file."""
+    beat()
     try:
         if may_be_dicom(path):
             slice_header_of(path)
@@ -262,6 +274,7 @@ def is_slide(path: Path) -> bool | None:
     suffix = path.suffix.lower()
     if suffix != DICOM:
         return suffix in SLIDE_SUFFIXES
+    beat()
     try:
         header = header_of(path)
         return header.volume if header else None if not path.stat().st_size else False
@@ -276,8 +289,7 @@ def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[Catal
     pictures: set[Path] = set()
     unknown: list[Path] = []
     objects: Counter[str] = Counter()  # of DICOM, in a folder without sources
-    for where, folders, files in os.walk(top, onerror=locked.append):
-        here = Path(where)
+    for here, folders, files in walked(top, locked.append):
         if is_archive(here):
             folders.clear()
             continue
@@ -285,12 +297,14 @@ def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[Catal
         folders[:] = [name for name in folders if name not in companions]  # an MRXS keeps its pixels in there
         for name in list(folders):
             path, relative = here / name, (here / name).relative_to(base).as_posix()
+            beat(os.fspath(path))
             if kind != "volume" and is_image(path):
                 folders.remove(name)
                 found += [entry(relative, path)]
             elif is_volume(path, kind):
                 folders.remove(name)
                 found += [plain(relative, path, "volume")] if kind in (None, "volume") else []
+        beat(os.fspath(here))
         told = {here / name: is_slide(here / name) for name in files}
         unknown += [path for path, slide in told.items() if slide is None]
         if kind in (None, "slide"):
@@ -326,6 +340,36 @@ def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[Catal
     yield from found
 
 
+def walked(top: Path, failed: Callable[[OSError], None]) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`os.walk`, which tells that it moves and where it is.
+
+    Yields a folder, the names of its folders, of which those that are taken out are not entered, and of its files.
+    """
+    beat(os.fspath(top))
+    folders: list[str] = []
+    files: list[str] = []
+    try:
+        with os.scandir(top) as entries:
+            for each in entries:
+                beat()
+                (folders if is_folder(each) else files).append(each.name)
+    except OSError as error:
+        failed(error)
+        return
+    yield top, folders, files
+    for name in folders:
+        if not os.path.islink(top / name):
+            yield from walked(top / name, failed)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def volumes(here: Path, base: Path, files: Sequence[str], kind: Kind | None) -> Iterator[CatalogEntry]:
     """The volumes among the files of one folder."""
     damaged: dict[str, CatalogEntry] = {}  # by what is wrong: the first stands for all
@@ -348,7 +392,7 @@ def volumes(here: Path, base: Path, files: Sequence[str], kind: Kind | None) -> 
 
 def matches(pattern: str, kind: Kind | None) -> Iterator[CatalogEntry]:
     """The files and folders that a glob matches, named relative to its fixed part."""
-    found = sorted(glob.glob(pattern, recursive=True))
+    found = sorted(globbed(pattern))
     if not found:
         raise UsageError(pattern, "nothing matches", "check the pattern and quote it")
     fixed: list[str] = []
@@ -359,6 +403,7 @@ def matches(pattern: str, kind: Kind | None) -> Iterator[CatalogEntry]:
     base = Path(*fixed)
     known: set[str] = set()
     for match in map(Path, found):
+        beat(os.fspath(match))
         name = match.relative_to(base).as_posix()
         if not match.is_dir():
             entries = file_entries(match, name, kind)
@@ -372,6 +417,19 @@ def matches(pattern: str, kind: Kind | None) -> Iterator[CatalogEntry]:
             if each.kind != "volume" or each.path not in known:  # any file of a series stands for it
                 known.add(each.path)
                 yield each
+
+
+def globbed(pattern: str) -> Iterator[str]:
+    """`glob.iglob`, which tells that it moves and where it is."""
+    folder, last = os.path.split(pattern)
+    if last in ("", "**") or not glob.has_magic(folder):
+        yield from glob.iglob(pattern, recursive=True)
+        return
+    here = "" if os.path.isabs(pattern) else os.path.join(".", "")  # else ** would leave it out
+    for each in glob.iglob(os.path.join(here + folder, ""), recursive=True):
+        beat(each)
+        for found in glob.iglob(glob.escape(each) + last, recursive=True):
+            yield found.removeprefix(here)
 
 
 def catalog(path: Path, kind: Kind | None) -> Iterator[CatalogEntry]:
@@ -413,6 +471,7 @@ def described(
         own = found.name
     else:
         path = os.path.abspath(catalog.parent / cells["path"])  # as it is written, for the name
+        beat(path)
         own = cells.get("id") or Path(os.path.relpath(path, catalog.parent)).as_posix()
         found = the_one(Path(path), own, kind)
     return replace(
@@ -452,8 +511,8 @@ def distinct(found: Sequence[CatalogEntry]) -> tuple[CatalogEntry, ...]:
 
     Anything less clear is refused. A path that is no UTF-8, which no archive can hold, is escaped: opening it says so.
     """
-    files = {os.path.realpath(each.path) for each in found if not os.path.islink(each.path)}
-    found = [each for each in found if not (os.path.islink(each.path) and os.path.realpath(each.path) in files)]
+    files = {real(each.path) for each in found if not os.path.islink(each.path)}
+    found = [each for each in found if not (os.path.islink(each.path) and real(each.path) in files)]
     found = [replace(each, name=readable(each.name), path=readable(each.path)) for each in found]
     by_name: dict[str, CatalogEntry] = {}
     by_file: dict[str, CatalogEntry] = {}
@@ -462,8 +521,14 @@ def distinct(found: Sequence[CatalogEntry]) -> tuple[CatalogEntry, ...]:
         if old != new:
             wrong = f"two sources have this name: {old.path} and {new.path}"
             raise UsageError(new.name, wrong, "name their common folder, or give ids in a catalog")
-        old = by_file.setdefault(new.path if is_url(new.path) else os.path.realpath(new.path), new)
+        old = by_file.setdefault(new.path if is_url(new.path) else real(new.path), new)
         if old.name != new.name:
             wrong = f"the file is named twice, as {old.name!r} and as {new.name!r}"
             raise UsageError(new.path, wrong, "name it once")
     return tuple(by_name[name] for name in sorted(by_name))
+
+
+def real(path: str) -> str:
+    """`os.path.realpath`, which tells that it moves and where it is."""
+    beat(path)
+    return os.path.realpath(path)

@@ -28,11 +28,14 @@ _idle: list[SimpleQueue[Callable[[], None]]] = []  # of threads that `aside` has
 os.register_at_fork(after_in_child=_idle.clear)
 
 
-def beat() -> None:
-    """Called by what takes long but moves, on whatever thread: if somebody waits for it, the limit counts from here."""
+def beat(place: str | None = None) -> None:
+    """Called by what takes long but moves, on whatever thread: if somebody waits for it, the limit counts from here.
+
+    place: what is asked next, if errors shall name that and not the source.
+    """
     patience: Patience | None = getattr(_waiting, "patience", None)
     if patience is not None:
-        patience.beat()
+        patience.beat(place)
 
 
 def give_up() -> None:
@@ -117,16 +120,20 @@ class Patience:
                 raise TransientError(self._source, "the run was stopped while its storage was read", "run again")
             self._stalled = self._beats == beats
         raise TransientError(
-            self._source, f"its storage has not answered for {self._limit:g} s", "see to its disk or mount, run again"
+            self._source,
+            f"its storage has not answered for {self._limit:g} s",
+            "see to its disk, mount or store, run again",
         )
 
     def run(self, function: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
         """`start` and `result` in one."""
         return self.result(self.start(function, *args, **kwargs))
 
-    def beat(self) -> None:
-        """Called by a function that takes long but moves: the limit counts from here."""
+    def beat(self, place: str | None = None) -> None:
+        """Called by a function that takes long but moves: the limit counts from here. place: as of `beat`."""
         self._beats += 1
+        if place is not None:
+            self._source = place
 
     def __enter__(self) -> Self:
         return self

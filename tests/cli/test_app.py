@@ -1,7 +1,9 @@
 """The command line: help, wrong usage, JSON, exit codes, and the main job from end to end."""
 
 import json
+import os
 import shlex
+import threading
 import tomllib
 from functools import partial
 from pathlib import Path
@@ -125,6 +127,22 @@ def test_missing_weights_name_the_licence_and_the_encoder_that_needs_none(patchm
     assert ran.code == 2
     assert "DINOv3 License" in ran.line
     assert "use --encoder efficientnet-lite0" in ran.line
+
+
+def test_sources_on_a_dead_mount_are_named_in_one_line(patchmill, slides, tmp_path, monkeypatch):
+    ended, scandir = threading.Event(), os.scandir
+
+    def wait(path):
+        if str(path) == str(slides):
+            ended.wait(30)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", wait)
+    ran = patchmill("embed", slides, "--archive", tmp_path / "archive", "--read-timeout", "0.3")
+    ended.set()
+    assert ran.code == 2
+    assert f"{slides}: its storage has not answered for 0.3 s; see to its disk, mount or store, run again" in ran.line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

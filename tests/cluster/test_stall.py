@@ -99,7 +99,7 @@ def test_chunks_that_never_come_cost_their_slide_and_the_process_ends(tmp_path, 
     assert (child.returncode, err) == (0, "")
     assert sorted(out.splitlines()) == [
         "complete good.ome.zarr ",
-        "transient stalled.ome.zarr its storage has not answered for 1 s; see to its disk or mount, run again",
+        "transient stalled.ome.zarr its storage has not answered for 1 s; see to its disk, mount or store, run again",
     ]
     assert verify(Archive.open(tmp_path / "archive")) == []
 

@@ -1,11 +1,14 @@
+import glob
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
 import zarr
 from PIL import Image
 
-from patchmill.errors import SourceError, UsageError
+from patchmill.errors import SourceError, TransientError, UsageError
 from patchmill.sources import catalog, content_fingerprint, find_sources, open_images, open_slide, open_volume
 from patchmill.sources.slides.dicomlevels import levels_within
 from patchmill.types import SourceRef
@@ -376,3 +379,73 @@ def test_an_archive_of_ours_below_a_folder_holds_no_sources(tmp_path):
     for name in ("archive/sources/ab/token", "real"):
         zarr.create_array(tmp_path / name, shape=(2, 4, 4, 8), dtype="float16", chunks=(1, 4, 4, 8))
     assert names(tmp_path, kind="volume") == ["real"]
+
+
+# --------------------------------------------------------------------------------------- storage that does not answer
+
+
+@pytest.mark.parametrize("src", [".", "**/*.ndpi", "list.csv"])
+def test_a_folder_that_does_not_answer_is_named_and_given_up(archive, monkeypatch, src):
+    write(archive / "list.csv", "path\ndeep/er\n")
+    ended, real = threading.Event(), os.scandir
+
+    def scandir(path):
+        if os.path.normpath(path) == str(archive / "deep" / "er"):
+            ended.wait(30)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    try:
+        with pytest.raises(TransientError) as caught:
+            find_sources([archive / src], limit=0.3)
+    finally:
+        ended.set()
+    where = os.path.normpath(str(caught.value).partition(": ")[0])
+    assert where in (str(archive / "deep" / "er"), str(archive / "deep"))  # a glob hears of what it has listed
+    assert "its storage has not answered for 0.3 s" in str(caught.value)
+
+
+@pytest.mark.parametrize("src", ["", "**/*.svs"])
+def test_a_long_search_that_moves_is_waited_for(tmp_path, monkeypatch, src):
+    for number in range(10):
+        (tmp_path / f"{number}").mkdir()
+    (tmp_path / "9" / "a.svs").touch()
+    real, asked = os.scandir, []
+
+    def slow(path):
+        asked.append(path)
+        time.sleep(0.1)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", slow)
+    (found,) = find_sources([tmp_path / src], limit=0.5)
+    assert found.path == str(tmp_path / "9" / "a.svs")
+    assert len(asked) > 10
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "*.svs",
+        "**/*.svs",
+        "**",
+        "*/*",
+        "./**/*.tiff",
+        "**/er/*",
+        "d*/**/c.ndpi",
+        "**/[[]x]/*",
+        "**/",
+        "*/",
+        "**/m.mrxs",
+    ],
+)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_globs_find_what_pythons_find(archive, monkeypatch, pattern, absolute):
+    for name in ("[x]/e.svs", ".hidden/f.svs", "deep/.g.svs"):
+        (archive / name).parent.mkdir(exist_ok=True)
+        (archive / name).touch()
+    (archive / "link").symlink_to(archive / "deep")
+    monkeypatch.chdir(archive)
+    if absolute:
+        pattern = os.path.join(archive, pattern)
+    assert sorted(catalog.globbed(pattern)) == sorted(glob.glob(pattern, recursive=True))

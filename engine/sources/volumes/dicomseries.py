@@ -33,6 +33,7 @@ from patchmill.sources.dicomelements import (
     value,
 )
 from patchmill.sources.files import files_in
+from patchmill.sources.patience import beat
 
 __all__ = [
     "Plane",
@@ -195,6 +196,7 @@ def object_in(path: str | os.PathLike[str]) -> str:
     """What a DICOM file holds, by the standard's name for its class of objects; "" if it is no such file."""
     from pydicom import uid  # takes 0.2 s to import, and most archives hold no DICOM
 
+    beat()
     try:
         if not os.path.isfile(path):
             return ""
