@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from patchmill.benchmarks.record import Record
-from patchmill.errors import UsageError
+from patchmill.errors import FULL, UsageError, no_space
 
 __all__ = ["check_picture", "plot_encoders"]
 
@@ -21,7 +21,7 @@ def check_picture(path: Path) -> None:
 
 
 def plot_encoders(record: Record, path: Path) -> None:
-    """Write a PNG. Raises UsageError as `check_picture` does, and where the file cannot be written."""
+    """Write a PNG. Raises UsageError as `check_picture` does, and where the file cannot be written; NoSpaceError for a full disk."""
     check_picture(path)
     import matplotlib
 
@@ -56,6 +56,8 @@ def plot_encoders(record: Record, path: Path) -> None:
     try:
         figure.savefig(path, bbox_inches="tight")
     except OSError as error:
+        if error.errno in FULL:
+            raise no_space(str(path), error) from error
         raise UsageError("--picture", f"{path} cannot be written ({error.strerror})", "name another file") from error
     finally:
         pyplot.close(figure)

@@ -1,15 +1,18 @@
-"""The one tree of errors. Imports nothing, so that every package may raise them.
+"""The one tree of errors. Imports nothing of ours, so that every package may raise them.
 
 PatchmillError
 ├── UsageError      an option, a catalog or an archive that does not fit what was asked; exit code 2
 ├── SourceError     one source cannot be read or embedded; the others go on, exit code 1
 │   └── TransientError  the same, but trying again later may cure it (a lost mount)
-├── NoSpaceError    the archive's disk is full: no source can go on, so the run stops; exit code 1
+├── NoSpaceError    a disk that is written to is full: no source can go on, so the run stops; exit code 1
 ├── EncoderError    weights, graph, runtime or precision refused; exit code 2
 └── ArchiveError    the archive's own files are missing, damaged or written by something else; exit code 2
 """
 
+import errno
+
 __all__ = [
+    "FULL",
     "ArchiveError",
     "EncoderError",
     "NoSpaceError",
@@ -17,7 +20,10 @@ __all__ = [
     "SourceError",
     "TransientError",
     "UsageError",
+    "no_space",
 ]
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PatchmillError(Exception):
@@ -48,7 +54,7 @@ class TransientError(SourceError):
 
 
 class NoSpaceError(PatchmillError):
-    """The archive's disk is full."""
+    """A disk is full."""
 
 
 class EncoderError(PatchmillError):
@@ -57,3 +63,9 @@ class EncoderError(PatchmillError):
 
 class ArchiveError(PatchmillError):
     """The archive's own files are missing, damaged or foreign."""
+
+
+def no_space(where: str, error: OSError) -> NoSpaceError:
+    """What to raise for an error in FULL, of a file that is written for the user. where: the file."""
+    wrong = f"no space left on its disk ({errno.errorcode[error.errno or 0]})"
+    return NoSpaceError(where, wrong, "free space and run the same command again")

@@ -1,6 +1,7 @@
-"""For all tests: what the machine remembers is theirs alone."""
+"""For all tests: what the machine remembers is theirs alone; disks that can be full."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -15,3 +16,21 @@ def own_cache(tmp_path_factory):
         del os.environ["PATCHMILL_CACHE"]
     else:
         os.environ["PATCHMILL_CACHE"] = before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, and a function that sets its size in bytes."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mount.stderr.strip()}")
+
+    def resize(size: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+
+    yield folder, resize
+    subprocess.run(["umount", "--lazy", folder], check=True)

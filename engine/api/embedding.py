@@ -50,8 +50,8 @@ def embed(
     voxel: millimetres along x, y, z for volumes whose files tell none. mask, coords: masks in place of the tissue rule,
     or lists of tiles; a file for one slide, or a folder with a file per slide of the same name. watch, found, say:
     called with progress, once with all sources, and with what a user must know. doors: other ways to open sources and
-    encoders, for tests. Raises UsageError, EncoderError, ArchiveError, NoSpaceError, or TransientError where a folder of
-    sources does not answer: then the run as a whole cannot go on; a source that fails is in the report.
+    encoders, for tests. Raises UsageError, EncoderError, ArchiveError, NoSpaceError, or TransientError for a folder of
+    sources that does not answer: the run as a whole cannot go on then; a source that fails is in the report.
     """
     if mpp_override is not None and not (math.isfinite(mpp_override) and mpp_override > 0):
         raise UsageError("--mpp-override", f"{mpp_override:g} is no resolution", "give µm per level-0 pixel, as 0.25")
@@ -69,6 +69,7 @@ def embed(
         for line in filter(None, (note, advice(encode, settings))):
             say(line)
     settings, rois = with_rois(entries, settings, mask, coords)
+    cluster.check(settings, encode, how, doors)
     with _full_at(archive):
         target = Archive.create_or_open(Path(archive))
         registered = [_entry(target, entry, mpp_override) for entry in entries]

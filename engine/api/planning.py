@@ -71,7 +71,8 @@ def preview(
 
     sources, kind, plan, mask, coords, mpp_override, voxel: as for `embed`. picture: a PNG of one slide; for several, a
     folder of them. watch: called with a volume's path, and how many of its boxes are looked at, of how many. Raises
-    UsageError, and TransientError where a folder of sources does not answer; a source that cannot be planned is in the result.
+    UsageError, and TransientError for a folder of sources that does not answer; a source that cannot be planned is in
+    the result.
     """
     asked = plan if isinstance(plan, Settings) else None
     entries = find_sources(listed(sources), asked.kind if asked else kind)

@@ -65,6 +65,7 @@ class Archive:
             with storing(str(root)):
                 if not root.parent.is_dir():
                     raise UsageError(str(root), "the folder it is to lie in does not exist", "make that folder first")
+                _check_new(root)
                 make_folders(disk, root.parent, hidden)
                 with _locked(hidden / CREATE_LOCK, wait=True):
                     if not (root / ARCHIVE).exists():
@@ -224,13 +225,19 @@ def _value(path: Path, build: Callable[[dict[str, Any]], Value]) -> Value:
         raise ArchiveError(where, text, "run `patchmill verify`, then `patchmill embed` again") from error
 
 
+def _check_new(root: Path) -> None:
+    """Raise UsageError for a file, or a folder of something else."""
+    if root.exists() and not root.is_dir():
+        raise UsageError(str(root), "it is a file and no archive", "name a new or an empty folder")
+    foreign = sorted(path.name for path in root.iterdir() if path.suffix != PARTIAL) if root.is_dir() else []
+    if foreign and not (root / ARCHIVE).exists():  # somebody else may have made it by now
+        wrong = f"the folder holds {foreign[0]!r} and is no archive"
+        raise UsageError(str(root), wrong, "name a new or an empty folder")
+
+
 def _create(root: Path, hidden: Path, disk: Disk) -> None:
     """The site key first, `archive.json` last: before that there is no archive."""
     make_folders(disk, root.parent, root)
-    if foreign := sorted(path.name for path in root.iterdir() if path.suffix != PARTIAL):
-        raise UsageError(
-            str(root), f"the folder holds {foreign[0]!r} and is no archive", "name a new or an empty folder"
-        )
     root.chmod(0o700)  # it may have existed
     hidden.chmod(0o700)
     for folder in (root, hidden):

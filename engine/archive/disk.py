@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from patchmill.errors import ArchiveError, NoSpaceError, TransientError
+from patchmill.errors import FULL, ArchiveError, NoSpaceError, TransientError
 
 __all__ = ["PARTIAL", "Disk", "discard", "make_folders", "put", "reading", "storing", "sweep"]
 
 PARTIAL = ".partial"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 

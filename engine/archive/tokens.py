@@ -15,7 +15,7 @@ from zarr.storage import LocalStore
 
 from patchmill.archive.source import SourceStore
 from patchmill.archive.tokengrid import Axis, TokenGrid
-from patchmill.errors import UsageError
+from patchmill.errors import FULL, PatchmillError, UsageError, no_space
 from patchmill.types import PLANE_AXES, PLANES, TOKEN, VALID_GOOD, VolumePlan
 
 __all__ = ["write_grid"]
@@ -29,7 +29,8 @@ def write_grid(store: SourceStore, plan_key: str, encoder_key: str, grid: TokenG
 
     A cell is the mean of the tokens that cover it, by how much they do, in each plane; then the mean of the planes that
     have any there. NaN where none has: tiles that were left out as empty, and unreadable ones. Memory is bounded.
-    Raises UsageError where `out` exists, ArchiveError where the embedding is not complete or has no tokens.
+    Raises UsageError where `out` exists, NoSpaceError where its disk is full, ArchiveError where the embedding is not
+    complete or has no tokens.
     """
     if out.exists():
         raise UsageError(str(out), "is there already", "name another folder")
@@ -40,7 +41,7 @@ def write_grid(store: SourceStore, plan_key: str, encoder_key: str, grid: TokenG
     try:
         partial = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise UsageError(str(out), f"cannot be written ({error.strerror})", "name another folder") from error
+        raise _unwritable(out, error) from error
     try:
         array = zarr.create_array(
             LocalStore(partial / out.name),
@@ -65,11 +66,15 @@ def write_grid(store: SourceStore, plan_key: str, encoder_key: str, grid: TokenG
                 array[part] = _filled(tokens, grid, part)
         os.rename(partial / out.name, out)
     except OSError as error:
-        raise UsageError(
-            str(out), f"cannot be written ({error.strerror})", "make room, or name another folder"
-        ) from error
+        raise _unwritable(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unwritable(out: Path, error: OSError) -> PatchmillError:
+    if error.errno in FULL:
+        return no_space(str(out), error)
+    return UsageError(str(out), f"cannot be written ({error.strerror})", "name another folder")
 
 
 def _names(grid: TokenGrid) -> tuple[str, str, str]:

@@ -51,7 +51,7 @@ def _run(argv: Sequence[str] | None) -> int:
     from typer.exceptions import TyperException
 
     from patchmill.cli.app import app
-    from patchmill.errors import NoSpaceError, PatchmillError
+    from patchmill.errors import FULL, NoSpaceError, PatchmillError, no_space
 
     os.umask(0o077)  # an archive is personal data
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -70,8 +70,10 @@ def _run(argv: Sequence[str] | None) -> int:
     except PatchmillError as error:
         return _say(str(error), 2)
     except OSError as error:
-        if not _stdout_fails():
-            raise
+        if error.filename is not None or not _stdout_fails():
+            if error.errno not in FULL:
+                raise
+            return _say(str(no_space(str(error.filename or "a file"), error)), 1)
         if isinstance(error, BrokenPipeError):  # whoever read it has seen enough
             return 1
         wrong = f"cannot be written ({errno.errorcode.get(error.errno or 0, type(error).__name__)})"

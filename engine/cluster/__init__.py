@@ -2,7 +2,7 @@
 
 from patchmill.cluster.driver import Event
 from patchmill.cluster.report import RunReport, SourceOutcome
-from patchmill.cluster.run import RunSettings, run
+from patchmill.cluster.run import RunSettings, check, run
 from patchmill.cluster.tasks import Doors
 
-__all__ = ["Doors", "Event", "RunReport", "RunSettings", "SourceOutcome", "run"]
+__all__ = ["Doors", "Event", "RunReport", "RunSettings", "SourceOutcome", "check", "run"]

@@ -34,7 +34,7 @@ from patchmill.types import (
     fingerprint_of,
 )
 
-__all__ = ["RunSettings", "run"]
+__all__ = ["RunSettings", "check", "run"]
 
 TASK_THREADS = 3  # shards under way per worker: two that read while one waits for its last vectors or writes
 PACKAGES = (
@@ -77,6 +77,16 @@ class RunSettings:
             raise UsageError("--reader", f"no reader is called {self.reader!r}", f"use one of {', '.join(READERS)}")
         if not self.read_timeout > 0:
             raise UsageError("--read-timeout", f"{self.read_timeout} s is no time to wait", "use more than 0")
+
+
+def check(plan: Settings, encode: EncodeSettings, settings: RunSettings, doors: Doors | None = None) -> None:
+    """Raise what would stop any run with these settings, before an archive is made for it: EncoderError, UsageError."""
+    doors = doors or Doors()
+    placed, _, _ = doors.placed(encode)
+    spec = doors.resolve(replace(placed, precision="fp32") if placed.precision == "auto" else placed)
+    _check_view(plan, spec)
+    if settings.stage is not None and not os.path.isdir(settings.stage):
+        raise UsageError("--stage", f"{settings.stage} is no folder", "name a folder")
 
 
 def run(

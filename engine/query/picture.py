@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from patchmill.archive import Archive
-from patchmill.errors import SourceError, UsageError
+from patchmill.errors import FULL, SourceError, UsageError, no_space
 from patchmill.index import place_text
 from patchmill.query.query import Hit, QueryResult
 from patchmill.query.tiles import SIDE, shrunk, tiles_of
@@ -27,7 +27,7 @@ def draw_hits(archive: Archive, result: QueryResult, out: Path) -> None:
     """Write a PNG with the query's tile and those of its hits, read from their sources.
 
     A tile whose source cannot be read, for instance because its file has moved, is a grey square that says so. The
-    picture names sources by id. Raises UsageError if it cannot be written; then no part of it is left behind.
+    picture names sources by id. Raises UsageError or NoSpaceError if it cannot be written; then no part of it is left.
     """
     tiles = _tiles(archive, result)
     shown = [tiles.get(hit) for hit in result.hits]
@@ -37,7 +37,10 @@ def draw_hits(archive: Archive, result: QueryResult, out: Path) -> None:
 
 
 def save_picture(image: Image.Image, out: Path) -> None:
-    """Write a PNG, whole or not at all, over nothing but another file that ends in .png. Raises UsageError."""
+    """Write a PNG, whole or not at all, over nothing but another file that ends in .png.
+
+    Raises UsageError, or NoSpaceError where the disk is full.
+    """
     if out.suffix.lower() != ".png" or (os.path.lexists(out) and not out.is_file()):  # no slide, no device
         raise UsageError(str(out), "pictures are PNG files", "name a file that ends in .png")
     partial = out.with_name(f".{os.getpid()}.partial")  # shorter than any name that is allowed
@@ -47,6 +50,8 @@ def save_picture(image: Image.Image, out: Path) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
+        if error.errno in FULL:
+            raise no_space(str(out), error) from error
         raise UsageError(str(out), f"cannot be written ({type(error).__name__})", "choose another place") from error
 
 

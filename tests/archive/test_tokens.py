@@ -7,7 +7,7 @@ import pytest
 import zarr
 
 from patchmill.archive import Archive, SourceEntry, fused_grid, plane_grid, tokens, write_grid
-from patchmill.errors import ArchiveError, UsageError
+from patchmill.errors import ArchiveError, NoSpaceError, UsageError
 from patchmill.plan import plan_volume
 from patchmill.testing.archives import spec_of, store_vectors
 from patchmill.testing.volumes import ArrayVolume, affine_of
@@ -167,3 +167,12 @@ def test_what_cannot_be_written_is_told(tmp_path):
     with pytest.raises(ArchiveError):
         made.grid(grid, tmp_path / "other.zarr")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "other"))] == []
+
+
+def test_a_full_disk_is_told_and_left_as_it_was(tmp_path, small_disk):
+    folder, resize = small_disk
+    made = Embedded(tmp_path, VolumeSettings(planes=("axial",), tissue="none"))
+    resize(4 << 10)  # for the metadata alone
+    with pytest.raises(NoSpaceError, match=r"grid\.zarr: no space left on its disk \(ENOSPC\); free space"):
+        made.grid(plane_grid(made.plan, 0, made.spec.tokens), folder / "grid.zarr")
+    assert not list(folder.iterdir())

@@ -1,5 +1,6 @@
 """The command line: help, wrong usage, JSON, exit codes, and the main job from end to end."""
 
+import errno
 import json
 import os
 import shlex
@@ -97,7 +98,10 @@ def test_every_verb_takes_json(verb):
         ("embed a.tif --archive A --batch 0", "--batch: 0 tiles are no batch; use 1 to 8192"),
         ("embed a.tif --archive A --threads 0", "--threads: 0 cores"),
         ("embed a.tif --archive A --encoder resnet", "'resnet'; use one of biomedclip, "),
-        ("embed a.tif --archive no/such/folder/A", "the folder it is to lie in does not exist; make that folder"),
+        (
+            "embed a.tif --archive no/such/A --encoder efficientnet-lite0",
+            "the folder it is to lie in does not exist; make that folder",
+        ),
         ("embed nothing-here --archive A", "nothing-here: there is no such file or folder; check the path"),
         ("embed *.svs --archive A", "*.svs: nothing matches; check the pattern and quote it"),
         ("embed . --archive A", ".: no slide and no volume is in this folder; they end in "),
@@ -124,6 +128,7 @@ def test_missing_weights_name_the_licence_and_the_encoder_that_needs_none(patchm
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "no-hub"))
     ran = patchmill("embed", slides, "--archive", tmp_path / "archive", "--workers", 0)
+    assert not list(tmp_path.iterdir())
     assert ran.code == 2
     assert "DINOv3 License" in ran.line
     assert "use --encoder efficientnet-lite0" in ran.line
@@ -146,11 +151,43 @@ def test_sources_on_a_dead_mount_are_named_in_one_line(patchmill, slides, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--weights", "no.pth"], "no.pth"),
+        (["--runtime", "tensorrt"], "tensorrt"),
+        (["--pixels", "17"], "cannot take 17 px"),
+        (["--tile", "64"], "64 px would have to be enlarged to the 224 px"),
+        (["--precision", "int8"], "has no int8 graph"),
+        (["--stage", "none"], "--stage: "),
+    ],
+)
+def test_what_no_run_can_do_leaves_nothing_behind(patchmill, embed, slides, tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    ran = embed("archive", slides, *options)
+    assert ran.code == 2
+    assert says in ran.line
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_archive_is_left_as_it_was(embed, slides, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    assert "holds 'notes.txt' and is no archive" in embed(tmp_path / "mine", slides).line
+    assert "is a file and no archive" in embed(tmp_path / "mine" / "notes.txt", slides).line
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
+@pytest.mark.parametrize(
     ("error", "code", "says"),
     [
         (EncoderError("dinov3", "is\nrefused", "do this"), 2, "patchmill: dinov3: is refused; do this"),
         (SourceError("a.svs", "is odd", "leave it out"), 2, "patchmill: a.svs: is odd; leave it out"),
         (NoSpaceError("A", "is full", "free space"), 1, "patchmill: A: is full; free space"),
+        (
+            OSError(errno.ENOSPC, "none", "r.json"),
+            1,
+            "patchmill: r.json: no space left on its disk (ENOSPC); free space",
+        ),
         (KeyboardInterrupt(), 130, "patchmill: stopped; all that was acknowledged is kept"),
     ],
 )

@@ -281,24 +281,6 @@ def used(folder: Path) -> int:
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of its own, and a function that sets its size in bytes."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, text=True)
-    if mount.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mount.stderr.strip()}")
-
-    def resize(size: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
-
-    yield folder, resize
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 @pytest.mark.parametrize("free", [0, 20, 60, 100])  # KiB: for no source, no record of the run, a part of a shard, ...
 def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on_when_there_is_space(
     embed, patchmill, made, good, copy, digests, small_disk, free
@@ -322,6 +304,36 @@ def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on_when_there_is_sp
     assert ran.out.startswith("1 sources: 1 complete")
     assert before.items() < digests(archive).items()
     assert patchmill("verify", archive).code == 0
+
+
+@pytest.mark.parametrize("free", [4, 12, 40])  # KiB: for a part of a file, or of two
+@pytest.mark.parametrize(
+    ("verb", "where"),
+    [
+        ("plan SLIDES/a.tif --picture DISK/plan.png", "DISK/plan.png"),
+        ("query ARCHIVE --source a.tif --at 300,300 --picture DISK/hits.png", "DISK/hits.png"),
+        ("index DISK/archive", "index default"),
+        ("encoders --export efficientnet-lite0 --onnx DISK/e.onnx", "DISK/e.onnx"),
+    ],
+)
+def test_whatever_is_written_onto_a_full_disk_is_one_line_and_exit_1(
+    patchmill, archive, slides, copy, small_disk, verb, where, free
+):
+    folder, resize = small_disk
+    if verb.startswith("query"):
+        assert patchmill("index", archive).code == 0
+    if "DISK/archive" in verb:
+        copy(archive, folder)
+    before = sorted(folder.rglob("*"))
+    resize(used(folder) + (free << 10))
+    for name, path in (("DISK", folder), ("ARCHIVE", archive), ("SLIDES", slides)):
+        verb, where = verb.replace(name, str(path)), where.replace(name, str(path))
+    ran = patchmill(*verb.split())
+    assert ran.code == 1
+    assert ran.line.startswith(f"patchmill: {where}: no space left ")
+    assert ran.line.endswith(" (ENOSPC); free space and run the same command again")
+    if "index" not in verb:
+        assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

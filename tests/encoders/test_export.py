@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from patchmill.cli import main
 from patchmill.encoders import export, open_encoder
-from patchmill.errors import EncoderError
+from patchmill.errors import NoSpaceError
 from patchmill.types import EncodeSettings
 
 LITE = EncodeSettings(encoder="efficientnet-lite0", precision="fp32", threads=1)
@@ -83,7 +83,7 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("patchmill.encoders.graph.os.replace", full)
-    with pytest.raises(EncoderError, match="No space left"):
+    with pytest.raises(NoSpaceError, match="no space left"):
         export(replace(LITE, pixels=64), path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
