@@ -21,7 +21,7 @@ def check_picture(path: Path) -> None:
 
 
 def plot_encoders(record: Record, path: Path) -> None:
-    """Write a PNG. Raises UsageError as `check_picture` does, and where the file cannot be written; NoSpaceError for a full disk."""
+    """Write a PNG. Raises UsageError as `check_picture` does, and where it cannot be written; NoSpaceError too."""
     check_picture(path)
     import matplotlib
 

@@ -13,6 +13,7 @@ import psutil
 
 from patchmill.encoders.runtimes import gpu, gpus
 from patchmill.encoders.session import available_cores, cpu_model
+from patchmill.types import many
 
 __all__ = ["Record", "Row", "in_turns", "machine", "row", "versions"]
 
@@ -59,7 +60,7 @@ class Record:
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
-        on = f"{self.machine['cpu']}, {self.machine['cores']} cores, {self.machine['memory_gib']:.0f} GiB"
+        on = f"{self.machine['cpu']}, {many(self.machine['cores'], 'core')}, {self.machine['memory_gib']:.0f} GiB"
         on += f", {self.machine['gpu']}" if self.machine.get("gpu") else ""
         return "\n".join([f"{self.benchmark} on {on}", *table, *self.notes])
 

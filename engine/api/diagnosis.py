@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from typing import Literal
 
 from patchmill.encoders import known, runtimes
+from patchmill.types import many
 
 __all__ = ["Finding", "doctor"]
 
@@ -48,7 +49,8 @@ def installed() -> dict[str, str]:
 
 def _python() -> Iterator[Finding]:
     yield Finding("patchmill", "ok", version("patchmill"))
-    text = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    text = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, "
+    text += many(os.cpu_count() or 1, "core")
     yield Finding("python", "ok", text)
 
 

@@ -22,7 +22,17 @@ from patchmill.sources import (
     open_slide,
     open_volume,
 )
-from patchmill.types import PLANES, QUANTILES, ImageSettings, Kind, PlanSettings, Settings, SourceRef, VolumeSettings
+from patchmill.types import (
+    PLANES,
+    QUANTILES,
+    ImageSettings,
+    Kind,
+    PlanSettings,
+    Settings,
+    SourceRef,
+    VolumeSettings,
+    many,
+)
 
 __all__ = ["Preview", "listed", "preview", "with_rois"]
 
@@ -135,7 +145,7 @@ def previewed_slide(ref: SourceRef, settings: PlanSettings, picture: Path | None
         area = None if mask is None else float(mask.tissue.sum()) * (mask.scale * slide.mpp / 1000) ** 2
         if picture is not None:
             says = "" if area is None else f", {area:.2f} sq mm of tissue"  # the font has no µ
-            title = f"{made.rows} tiles of {settings.tile} px, mpp {made.mpp:.3g}{says}"
+            title = f"{many(made.rows, 'tile')} of {settings.tile} px, mpp {made.mpp:.3g}{says}"
             save_picture(draw_plan(slide, made, mask, title), picture)
         return Preview(
             path=ref.path,

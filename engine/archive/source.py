@@ -28,7 +28,7 @@ from patchmill.archive.records import FileCheck, check_of, digest_of
 from patchmill.archive.shards import LEAST_ROWS, MOST_ROWS, shard_starts
 from patchmill.archive.whole import WHOLE, pooled
 from patchmill.errors import ArchiveError, SourceError
-from patchmill.types import VALID_GOOD, VALID_NOT_WRITTEN, VALID_UNREADABLE, EncoderSpec, Plan, Shard
+from patchmill.types import VALID_GOOD, VALID_NOT_WRITTEN, VALID_UNREADABLE, EncoderSpec, Plan, Shard, many
 
 __all__ = ["SourceStore"]
 
@@ -216,7 +216,7 @@ class SourceStore:
         if (valid == VALID_NOT_WRITTEN).any():
             raise ArchiveError(self.id, "a row was not written", REPAIR)
         if features.rows and (valid == VALID_UNREADABLE).all():
-            wrong = f"none of its {features.rows} tiles can be decoded"
+            wrong = f"none of its {many(features.rows, 'tile')} can be decoded"
             raise SourceError(self.id, wrong, "check the file or copy it again, and add it under another id")
         whole = features.encode_whole(
             {name: self._pool(plan_key, encoder_key, name, width) for name, width in features.outputs.items()}

@@ -303,7 +303,7 @@ def plan(
 
 @app.command(epilog="Example: patchmill status my-archive")
 def status(archive: ArchivePath, as_json: Json = False) -> int:
-    """What an archive holds, and what is missing."""
+    """What an archive holds, and what is missing. --json also lists every source with its outcome."""
     from patchmill import api
     from patchmill.cli.text import status_text
 

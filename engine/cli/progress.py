@@ -11,9 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from patchmill.cli.common import shown
 from patchmill.cluster import Event, SourceOutcome
-from patchmill.types import SourceRef
+from patchmill.types import SourceRef, many
 
-__all__ = ["RunProgress", "counted", "looked_at", "run_progress"]
+__all__ = ["RunProgress", "counted", "left_out", "looked_at", "run_progress", "unread"]
 
 
 def outcome_line(outcome: SourceOutcome) -> str:
@@ -23,11 +23,24 @@ def outcome_line(outcome: SourceOutcome) -> str:
         rate = f", {outcome.embedded / outcome.seconds:.1f} tiles/s" if outcome.embedded and outcome.seconds else ""
         before = ", complete before" if outcome.skipped else ""
         scale = f" at {outcome.mpp:.4g} µm/px" if outcome.mpp else ""
-        damaged = f", complete with {outcome.unreadable} unreadable tiles" if outcome.unreadable else ""
-        return f"{name}: {outcome.rows} tiles{scale}{rate}{before}{damaged}"
+        notes = f"; {unread(outcome.unreadable_files)}" if outcome.unreadable_files else ""
+        notes += f"; {left_out(outcome.other_objects)}" if outcome.other_objects else ""
+        damaged = f", complete with {many(outcome.unreadable, 'unreadable tile')}" if outcome.unreadable else ""
+        return f"{name}: {many(outcome.rows, 'tile')}{scale}{rate}{before}{damaged}{notes}"
     if outcome.outcome == "empty":
         return f"{name}: no tissue found, complete with 0 tiles"
     return f"{shown(outcome.path)}: {outcome.outcome}: {outcome.wrong}"
+
+
+def unread(files: int) -> str:
+    """Of a DICOM series: files of its folder that cannot be read."""
+    file = many(files, "file of its folder", "files of its folder")
+    return f"{file} cannot be read and may be {'a slice' if files == 1 else 'slices'} of it"
+
+
+def left_out(files: int) -> str:
+    """Of a DICOM series: files that bear its UID and are no slices."""
+    return f"{many(files, 'file of its series is no slice', 'files of its series are no slices')} and left out"
 
 
 def name_of(path: str) -> str:
@@ -56,7 +69,7 @@ class RunProgress:
         self._names = {ref.id: name_of(ref.path) for ref in refs}
         self._sources = len(refs)
         if self._bars is not None:
-            self._total = self._bars.add_task(f"{len(refs)} sources", total=None, rate="")
+            self._total = self._bars.add_task(many(len(refs), "source"), total=None, rate="")
 
     def __call__(self, event: Event) -> None:
         """One event of the run; called from several threads."""
@@ -100,7 +113,7 @@ class RunProgress:
         seconds = time.monotonic() - self._first if self._first else 0.0
         self._bars.update(
             self._total,
-            description=f"{self._ended} of {self._sources} sources",
+            description=f"{self._ended} of {many(self._sources, 'source')}",
             completed=self._rows,
             total=round(guess) or None,
             rate=_speed(self._rows, seconds, guess - self._rows),

@@ -10,9 +10,10 @@ import numpy as np
 from patchmill.api import Demo, Finding, Preview, Status
 from patchmill.archive import Damage, TokenGrid
 from patchmill.cli.common import shown
+from patchmill.cli.progress import left_out, unread
 from patchmill.cluster import RunReport
 from patchmill.encoders import EncoderCard, GateReport
-from patchmill.types import PLANES
+from patchmill.types import PLANES, many
 
 __all__ = [
     "damage_text",
@@ -40,11 +41,11 @@ STAGES = {  # of a shard's task -> in words
 def report_text(report: RunReport) -> str:
     """A run: outcomes, rate, and where the time went."""
     counts = ", ".join(f"{report.count(kind)} {kind}" for kind in ("complete", "empty", "failed", "transient"))
-    lines = [f"{len(report.outcomes)} sources: {counts}"]
+    lines = [f"{many(len(report.outcomes), 'source')}: {counts}"]
     if report.tiles:
         word = ", untrained weights: good for throughput alone" if report.untrained else ""
         lines.append(
-            f"{report.tiles} tiles in {report.embed_seconds:.1f} s, {report.rate:.1f} tiles/s, "
+            f"{many(report.tiles, 'tile')} in {report.embed_seconds:.1f} s, {report.rate:.1f} tiles/s, "
             f"{report.name} {report.precision}{word}"
         )
         lines.append(
@@ -80,9 +81,8 @@ def previews_text(previews: Iterable[Preview]) -> str:
             continue
         tissue = f"; {each.tissue_mm2:.1f} mm² of tissue" if each.tissue_mm2 is not None else ""
         shrunk = f", decoded at 1/{each.shrink}" if each.shrink != 1 else ""
-        lines.append(
-            f"{shown(each.path)}: {each.tiles} tiles at {each.mpp:.4g} µm/px from level {each.level}{shrunk}{tissue}"
-        )
+        tiles = f"{many(each.tiles, 'tile')} at {each.mpp:.4g} µm/px"
+        lines.append(f"{shown(each.path)}: {tiles} from level {each.level}{shrunk}{tissue}")
         lines.append(f"  reader {each.reader}" + (f"; picture {each.picture}" if each.picture else ""))
     return "\n".join(lines)
 
@@ -90,19 +90,20 @@ def previews_text(previews: Iterable[Preview]) -> str:
 def other_preview(preview: Preview) -> list[str]:
     """The lines of a volume's or an image set's plan."""
     if preview.shape is None or preview.voxel is None:
-        return [f"{shown(preview.path)}: {preview.tiles} images", f"  reader {preview.reader}"]
+        return [f"{shown(preview.path)}: {many(preview.tiles, 'image')}", f"  reader {preview.reader}"]
     planes = ", ".join(f"{count} {plane}" for plane, count in (preview.planes or {}).items())
     size = " x ".join(map(str, preview.shape))
     voxel = " x ".join(f"{each:.4g}" for each in preview.voxel)
     low, high = preview.quantiles or (0, 0)
     notes = []
     if preview.unreadable_files:
-        notes.append(f"  note: {preview.unreadable_files} files of its folder cannot be read and may be slices of it")
+        notes.append(f"  note: {unread(preview.unreadable_files)}")
     if preview.other_objects:
-        notes.append(f"  note: {preview.other_objects} files of its series are no slices and left out")
+        notes.append(f"  note: {left_out(preview.other_objects)}")
     return [
-        f"{shown(preview.path)}: {preview.tiles} tiles ({planes or 'none'}), {preview.empty} left out as empty; "
-        f"{size} voxels of {voxel} mm (right, anterior, superior), body from {low:.4g} to {high:.4g}",
+        f"{shown(preview.path)}: {many(preview.tiles, 'tile')} ({planes or 'none'}), "
+        f"{preview.empty} left out as empty; {size} voxels of {voxel} mm "
+        f"(right, anterior, superior), body from {low:.4g} to {high:.4g}",
         f"  reader {preview.reader}",
         *notes,
     ]
@@ -111,13 +112,15 @@ def other_preview(preview: Preview) -> list[str]:
 def status_text(status: Status) -> str:
     """What an archive holds."""
     lines = [
-        f"{status.archive}: {status.sources} sources, {status.runs} runs, the last one {status.last_run or 'never'}"
+        f"{status.archive}: {many(status.sources, 'source')}, {many(status.runs, 'run')}, "
+        f"the last one {status.last_run or 'never'}"
     ]
     for holding in status.holdings:
         name = f"{holding.name} {holding.precision}" + (", untrained" if holding.untrained else "")
         lines.append(
-            f"{name} (encoder {holding.encoder}): {holding.sources} sources complete, {holding.empty} of them empty, "
-            f"{holding.rows} tiles, {holding.unreadable} unreadable; {holding.incomplete} sources under way"
+            f"{name} (encoder {holding.encoder}): {many(holding.sources, 'source')} complete, "
+            f"{holding.empty} of them empty, {many(holding.rows, 'tile')}, {holding.unreadable} unreadable; "
+            f"{many(holding.incomplete, 'source')} under way"
         )
         lines.append(f"  plan {holding.plan}: {holding.plan_text}")
     lines += [f"{one.path}: {one.outcome}: {one.wrong}" for one in status.missing]
@@ -167,8 +170,8 @@ def demo_text(demo: Demo) -> str:
     x, y = (best.place[axis] + 1 for axis in "xy")
     return f"""
 Made from {demo.slide}, {rate}:
-  {demo.run.tiles or demo.index.vectors} tiles embedded in {demo.archive}
-  an index of {demo.index.vectors} vectors
+  {many(demo.run.tiles or demo.index.vectors, "tile")} embedded in {demo.archive}
+  an index of {many(demo.index.vectors, "vector")}
   {demo.picture}: the tiles that look most like the one richest in haematoxylin
 {hits}
 kNN on a rule computed from the pixels: {demo.rule}.

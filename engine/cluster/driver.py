@@ -264,6 +264,8 @@ class Driver:
             unreadable=work.unreadable,
             mpp=work.planned.mpp if work.planned else None,
             empty=work.planned.empty if work.planned else 0,
+            unreadable_files=work.planned.unreadable_files if work.planned else 0,
+            other_objects=work.planned.other_objects if work.planned else 0,
             reader=work.planned.reader if work.planned else "",
             kind=kind,
             wrong=wrong,

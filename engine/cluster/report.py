@@ -23,6 +23,8 @@ class SourceOutcome:
     skipped: bool = False  # it was complete before this run began
     mpp: float | None = None  # micrometres that a tile pixel spans, of a slide
     empty: int = 0  # tiles of a volume that were left out as they hold too little of the body
+    unreadable_files: int = 0  # of the folder of a DICOM series, which may be slices of it
+    other_objects: int = 0  # of a DICOM series: files that bear its UID and are no slices
     reader: str = ""  # who decodes it; not told of a source that was skipped
     kind: str = ""  # the kind of error, "quarantined" among them
     wrong: str = ""  # what is wrong and what to do, without any path

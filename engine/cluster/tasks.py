@@ -102,6 +102,8 @@ class Planned:
     pending: tuple[Shard, ...]
     mpp: float | None  # of a slide: what a tile pixel spans, which may differ a little from what was asked
     empty: int  # of a volume: tiles that were left out as they hold too little of the body
+    unreadable_files: int  # of the folder of a DICOM series, which may be slices of it
+    other_objects: int  # of a DICOM series: files that bear its UID and are no slices
     reader: str  # who decodes it, with version
     seconds: float
 
@@ -144,6 +146,7 @@ def plan_source(job: Job, ref: SourceRef, spec: EncoderSpec, rate: float) -> Pla
         store.sweep()
         local = _staged(job, ref, patience)
         geometry = _planned_before(store, job, local, patience) or _plan_now(store, job, local, patience)
+        info = store.info()
         row_bytes = 2 * sum(math.prod(shape) for shape in spec.shapes.values())
         store.begin(job.plan.key, spec, job.shard_rows or choose_shard_rows(geometry.rows, rate, row_bytes))
         return Planned(
@@ -152,7 +155,9 @@ def plan_source(job: Job, ref: SourceRef, spec: EncoderSpec, rate: float) -> Pla
             pending=tuple(store.pending(job.plan.key, spec)),
             mpp=geometry.mpp if isinstance(geometry, SlidePlan) else None,
             empty=geometry.empty if isinstance(geometry, VolumePlan) else 0,
-            reader=str(store.info()["reader"]),
+            unreadable_files=int(info.get("unreadable_files", 0)),
+            other_objects=int(info.get("other_objects", 0)),
+            reader=str(info["reader"]),
             seconds=time.perf_counter() - start,
         )
 

@@ -45,7 +45,7 @@ class Model:
                 for tensor in (tensor for tensor in whole.graph.initializer if tensor.name in self.arrays):
                     file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
                     place = {"location": data.name, "offset": file.tell(), "length": self.arrays[tensor.name].nbytes}
-                    file.write(np.ascontiguousarray(self.arrays[tensor.name]).view(np.uint8))  # tofile hides errno
+                    file.write(np.ascontiguousarray(self.arrays[tensor.name]).view(np.uint8).data)  # tofile hides errno
                     del tensor.external_data[:]
                     for key, value in place.items():
                         tensor.external_data.add(key=key, value=str(value))

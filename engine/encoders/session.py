@@ -25,7 +25,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as pybind11_state
 from patchmill.encoders.cache import code_digest
 from patchmill.encoders.graph import Model
 from patchmill.errors import EncoderError
-from patchmill.types import EncoderSpec
+from patchmill.types import EncoderSpec, many
 
 __all__ = [
     "RUNTIME_ERRORS",
@@ -135,7 +135,7 @@ def demand_tiles(spec: EncoderSpec, pixels: np.ndarray) -> None:
 def demand_vectors(spec: EncoderSpec, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """An output as the runtime gave it. Raises EncoderError where it has another shape."""
     if value.shape != shape:
-        wrong = f"its graph gives {list(value.shape)} for {shape[0]} tiles, not {list(shape)}"
+        wrong = f"its graph gives {list(value.shape)} for {many(shape[0], 'tile')}, not {list(shape)}"
         raise EncoderError(spec.name, wrong, "correct the widths in its YAML file, or export it again")
     return value
 

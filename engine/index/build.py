@@ -14,6 +14,7 @@ from patchmill.index.files import check_name, hold, read_manifest, write_index
 from patchmill.index.manifest import IndexedSource, Manifest
 from patchmill.index.search import ROW_BITS
 from patchmill.index.vectors import good_vectors
+from patchmill.types import many
 
 __all__ = ["IndexReport", "build_index"]
 
@@ -41,13 +42,14 @@ class IndexReport:
     def text(self) -> str:
         """For a terminal."""
         lines = [
-            f"index {self.name}: {self.vectors} vectors of {self.sources} sources, "
+            f"index {self.name}: {many(self.vectors, 'vector')} of {many(self.sources, 'source')}, "
             f"{self.encoder_name} {self.output}, {self.dim} wide"
         ]
         if self.unusable:
-            lines.append(f"{self.unusable} tiles have no usable vector and are not in it")
+            lines.append(f"{many(self.unusable, 'tile has', 'tiles have')} no usable vector: not in it")
         if self.incomplete:
-            lines.append(f"{self.incomplete} sources are not completely embedded and not in it: run patchmill embed")
+            sources = many(self.incomplete, "source is", "sources are")
+            lines.append(f"{sources} not completely embedded and not in it: run patchmill embed")
         if self.untrained:
             lines.append("the encoder is untrained: hits prove the machinery, nothing else")
         return "\n".join(lines)

@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from patchmill.plan.overview import read_overview
 from patchmill.plan.tissue import TissueMask
-from patchmill.types import Slide, SlidePlan
+from patchmill.types import Slide, SlidePlan, many
 
 __all__ = ["draw_plan"]
 
@@ -33,7 +33,7 @@ def draw_plan(slide: Slide, plan: SlidePlan, mask: TissueMask | None, title: str
     side = plan.extent * plan.downsample / overview.scale
     for x, y in (plan.coords / overview.scale).tolist():
         draw.rectangle((x, y + CAPTION, x + side - 1, y + side - 1 + CAPTION), outline=TILE)
-    draw.text((6, 6), title or f"{plan.rows} tiles", INK, ImageFont.load_default(16))
+    draw.text((6, 6), title or many(plan.rows, "tile"), INK, ImageFont.load_default(16))
     return sheet
 
 

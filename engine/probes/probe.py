@@ -15,6 +15,7 @@ from patchmill.probes.knn import KS, TEMPERATURE, nearest, shares, vote
 from patchmill.probes.labels import Label, read_labels
 from patchmill.probes.metrics import Metrics, measure
 from patchmill.probes.splits import Split, make_split
+from patchmill.types import many
 
 __all__ = ["KnnResult", "ProbeReport", "probe_knn"]
 
@@ -56,14 +57,14 @@ class ProbeReport:
 
     @property
     def _judged(self) -> str:
-        return (
-            f"tiles from {self.sources} sources" if self.pool is None else f"sources, each the {self.pool} of its tiles"
-        )
+        if self.pool is None:
+            return f"{many(self.tiles, 'tile')} from {many(self.sources, 'source')}"
+        return f"{many(self.tiles, 'source')}, each the {self.pool} of its tiles"
 
     def text(self) -> str:
         """For a terminal."""
         head = [
-            f"kNN probe of {self.tiles} {self._judged}, labelled by {self.labels_of}: "
+            f"kNN probe of {self._judged}, labelled by {self.labels_of}: "
             + ", ".join(f"{name} {count}" for name, count in self.counts.items()),
             f"{self.encoder_name} {self.output}; {self.split}; figures beside the constant answer's in brackets",
         ]
@@ -197,7 +198,9 @@ def _results(
             sources=_per_source(truth[test], answers[k], majority, sources) if by_source else None,
         )
         if k in answers
-        else KnnResult(k=k, tiles=None, sources=None, reason=f"the smallest training set has {split.smallest} tiles")
+        else KnnResult(
+            k=k, tiles=None, sources=None, reason=f"the smallest training set has {many(split.smallest, 'tile')}"
+        )
         for k in ks
     )
 

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from patchmill.errors import UsageError
+from patchmill.types import many
 
 __all__ = ["Split", "make_split"]
 
@@ -48,7 +49,7 @@ def make_split(split: Sequence[str | None], group: Sequence[str], origin: Sequen
             train=train,
             test=test,
             fold=test.astype(np.int64),
-            notes=_leaks(len(both), "are in train and in test"),
+            notes=_leaks(len(both), "group is in train and in test", "groups are in train and in test"),
         )
     if len(names) > 1:
         spread = _spread(member, origin)
@@ -57,7 +58,7 @@ def make_split(split: Sequence[str | None], group: Sequence[str], origin: Sequen
             train=everywhere,
             test=everywhere,
             fold=member.astype(np.int64),
-            notes=_leaks(spread, "hold tiles of one and the same source"),
+            notes=_leaks(spread, "", "groups hold tiles of one and the same source"),
         )
     return Split(
         rule="leave one tile out",
@@ -79,5 +80,5 @@ def _spread(member: Int64[np.ndarray, " n"], origin: Sequence[str]) -> int:
     return len(set().union(*(numbers for numbers in groups.values() if len(numbers) > 1)))
 
 
-def _leaks(groups: int, how: str) -> tuple[str, ...]:
-    return (f"{groups} groups {how}: neighbours leak and the figures are too good",) if groups else ()
+def _leaks(groups: int, one: str, several: str) -> tuple[str, ...]:
+    return (f"{many(groups, one, several)}: neighbours leak and the figures are too good",) if groups else ()

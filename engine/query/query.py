@@ -14,7 +14,7 @@ from patchmill.encoders.runtimes import RUNS
 from patchmill.errors import EncoderError, UsageError
 from patchmill.index import Exclusion, Index, open_index, place_of, place_text, recorded, row_of, tile_at
 from patchmill.query.image import read_image, read_member
-from patchmill.types import VALID_GOOD, EncoderSpec, EncodeSettings, ImagePlan, Plan, PlanSettings
+from patchmill.types import VALID_GOOD, EncoderSpec, EncodeSettings, ImagePlan, Plan, PlanSettings, many
 
 __all__ = ["Hit", "QueryResult", "query_image", "query_place"]
 
@@ -55,7 +55,9 @@ class QueryResult:
         if self.untrained:
             notes.append("the encoder is untrained: the hits prove the machinery, nothing else")
         if self.unindexed:
-            notes.append(f"{self.unindexed} sources are not in the index yet: run patchmill index")
+            notes.append(
+                f"{many(self.unindexed, 'source is', 'sources are')} not in the index yet: run patchmill index"
+            )
         return tuple(notes)
 
     def as_dict(self) -> dict[str, Any]:

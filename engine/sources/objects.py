@@ -22,6 +22,7 @@ __all__ = ["Objects", "checked_url", "is_url", "refusal"]
 
 URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 MOST_DOCUMENT = 16 << 20  # bytes of metadata
+NO_BUCKET = errno.ENXIO  # not ENOENT: an object that is not there may be no error at all
 KEPT = frozenset({errno.EINVAL, errno.EFBIG})  # say something of the object; all else is the storage
 
 
@@ -115,7 +116,11 @@ def as_os_error(error: Exception) -> OSError:
     """What a client raised, as the operating system would have said it; without its text, which may hold the URL.
 
     Clients of HTTP tell the status in `status` (aiohttp) or `code` (urllib, gcsfs). What nobody knows is the storage's.
+    s3fs makes one error of missing buckets and objects; botocore's, which is its cause, tells them apart.
     """
+    told = getattr(error.__cause__, "response", None)
+    if isinstance(told, dict) and told.get("Error", {}).get("Code") == "NoSuchBucket":
+        return OSError(NO_BUCKET, "no such bucket")
     status = getattr(error, "status", getattr(error, "code", None))
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or status in (404, 410):
         return FileNotFoundError(errno.ENOENT, "no such object")
@@ -130,4 +135,6 @@ def refusal(source: str, error: OSError) -> SourceError:
     if isinstance(error, PermissionError):
         do = "give the store's client credentials that may read it, and check the URL"
         return SourceError(source, "access is denied", do)
+    if error.errno == NO_BUCKET:
+        return SourceError(source, "there is no such bucket", "check the URL and the store that its client asks")
     return failure(source, error)

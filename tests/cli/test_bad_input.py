@@ -107,7 +107,7 @@ def test_one_bad_slide_alone_is_exit_1(embed, archive, good, tmp_path, name):
     (line,) = ran.err.splitlines()
     assert line.startswith(f"{tmp_path / name}: failed: ")
     assert says in line
-    assert ran.out.startswith("1 sources: 0 complete, 0 empty, 1 failed, 0 transient\n")
+    assert ran.out.startswith("1 source: 0 complete, 0 empty, 1 failed, 0 transient\n")
 
 
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.6, 0.9, 0.995])
@@ -301,7 +301,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on_when_there_is_sp
     resize(64 << 20)
     ran = embed(archive, good)
     assert ran.code == 0
-    assert ran.out.startswith("1 sources: 1 complete")
+    assert ran.out.startswith("1 source: 1 complete")
     assert before.items() < digests(archive).items()
     assert patchmill("verify", archive).code == 0
 

@@ -449,7 +449,7 @@ def test_what_is_no_file_in_a_folder_of_pictures_costs_itself(embed, tmp_path):
     os.mkfifo(folder / "pipe")
     ran = embed(tmp_path / "archive", folder, "--as", "images", "--pixels", 96)
     assert ran.code == 0, ran.err
-    assert "1 tiles" in ran.err or "2 tiles" in ran.err
+    assert "1 tile" in ran.err or "2 tiles" in ran.err
 
 
 def test_zarr_volumes_below_a_folder_are_found_broken_or_not(embed, tmp_path):
@@ -604,6 +604,9 @@ def test_a_damaged_slice_at_the_end_of_a_series_is_told(embed, tmp_path):
     assert ran.code == 1
     outcomes = {Path(each["path"]).name: each for each in json.loads(ran.out)["outcomes"]}
     assert outcomes["slice000"]["wrong"] == ""
+    assert outcomes["slice000"]["unreadable_files"] == 1
+    (line,) = (line for line in ran.err.splitlines() if "slice000: " in line)
+    assert line.endswith("; 1 file of its folder cannot be read and may be a slice of it")
     assert outcomes["slice023"]["outcome"] == "failed"
     (store,) = (tmp_path / "archive" / "sources").glob("*/*/data.zarr/zarr.json")
     assert json.loads(store.read_bytes())["attributes"]["unreadable_files"] == 1

@@ -290,7 +290,7 @@ def test_an_output_of_another_width_than_it_says_is_no_vector(folder, width):
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((3, width), np.float32), "w"))
     put(folder, model)
     encoder = open_encoder(SETTINGS)
-    assert f"its graph gives [1, {width}] for 1 tiles, not [1, 5]" in refused(encoder, tiles(1))
+    assert f"its graph gives [1, {width}] for 1 tile, not [1, 5]" in refused(encoder, tiles(1))
     encoder.close()
 
 

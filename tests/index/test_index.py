@@ -92,7 +92,7 @@ def test_only_complete_sources_are_indexed_and_the_rest_is_told(fill):
     fill.add("b", 20, complete=False)
     report = build_index(fill.archive)
     assert (report.sources, report.incomplete) == (1, 1)
-    assert "1 sources are not completely embedded" in report.text()
+    assert "1 source is not completely embedded" in report.text()
     index = open_index(fill.archive)
     assert {hit.source for hit in index.search(np.ones((1, 24)), 99)[0]} == {whole}
     fill.archive.source(fill.id("b")).complete(choose(fill.archive).plan, choose(fill.archive).encoder)

@@ -94,7 +94,7 @@ def test_one_group_leaves_one_tile_out_and_says_that_neighbours_leak():
 def test_groups_on_both_sides_are_told():
     split = make_split(["train", "train", "test"], ["a", "b", "a"], ["s", "t", "s"])
     assert split.smallest == 2
-    assert split.notes[0].startswith("1 groups are in train and in test")
+    assert split.notes[0].startswith("1 group is in train and in test")
     assert make_split(["train", "test"], ["a", "b"], ["s", "t"]).notes == ()
 
 

@@ -102,7 +102,7 @@ def test_given_train_and_test_are_kept(slides):
     answer = oracle.predict(halves(given)[40:])
     assert (report.train, report.test) == (40, 20)
     assert report.results[0].tiles.accuracy.value == pytest.approx(accuracy_score(truth[40:], answer))
-    assert "1 groups are in train and in test" in report.notes[0]
+    assert "1 group is in train and in test" in report.notes[0]
 
 
 def test_duplicates_across_groups_leak_and_groups_by_patient_cure_it(slides):

@@ -727,8 +727,8 @@ def test_what_of_its_folder_is_not_in_a_series_is_counted(tmp_path):
     assert volume.shape == (12, 10, 5)
     assert volume.metadata == whole | {"unreadable_files": 1, "other_objects": 1}
     text = previews_text(preview(folder, kind="volume", voxel=None))
-    assert "note: 1 files of its folder cannot be read and may be slices of it" in text
-    assert "note: 1 files of its series are no slices and left out" in text
+    assert "note: 1 file of its folder cannot be read and may be a slice of it" in text
+    assert "note: 1 file of its series is no slice and left out" in text
 
 
 def test_a_file_of_two_classes(tmp_path):

@@ -162,11 +162,26 @@ def test_a_missing_chunk_is_the_fill_value(tmp_path, bucket):
     np.testing.assert_array_equal(whole(opened(url)), expected.transpose())
 
 
-@pytest.mark.parametrize("url", ["s3://scans/b.zarr", "s3://other/a.zarr"])
-def test_a_missing_volume_or_bucket_is_no_volume(tmp_path, bucket, url):
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("s3://scans/b.zarr", "no Zarr array; check the URL: it names one Zarr volume"),
+        ("s3://other/a.zarr", "there is no such bucket; check the URL and the store that its client asks"),
+    ],
+)
+def test_a_missing_volume_and_a_missing_bucket_are_told_apart(tmp_path, bucket, url, says):
     put(bucket, plain(tmp_path / "a.zarr"))
-    with pytest.raises(SourceError, match="check the URL") as caught:
-        opened(url)
+    for read in (opened, content_fingerprint):
+        with pytest.raises(SourceError) as caught:
+            read(url)
+        assert says in line(caught.value)
+
+
+def test_a_bucket_that_goes_is_no_lack_of_chunks(tmp_path, bucket):
+    volume = opened(put(bucket, plain(tmp_path / "a.zarr")))
+    bucket.faults["c/0/0/0"] = "NoSuchBucket"
+    with pytest.raises(SourceError, match="there is no such bucket") as caught:
+        whole(volume)
     line(caught.value)
 
 

@@ -80,7 +80,7 @@ def test_a_damaged_slice_makes_the_volume_unreadable(tmp_path):
     damaged = ArrayVolume(voxels, affine, units="HU", damaged=(3, 4, 9))
     store, result = embedded(tmp_path, ArrayVolume(voxels, affine, units="HU"), damaged)
     assert result.unreadable == 1
-    with pytest.raises(SourceError, match="none of its 1 tiles"):
+    with pytest.raises(SourceError, match="none of its 1 tile"):
         store.complete(BOX.key, MiddleRow.spec.key)
 
 

@@ -99,7 +99,7 @@ class ZarrVolume:
                 do = "renew the credentials, run again"
                 raise TransientError(self._ref.id, "access is denied now", do) from error
             if isinstance(error, OSError) and error.errno is not None:
-                raise failure(self._ref.id, error) from error
+                raise (refusal if self._remote else failure)(self._ref.id, error) from error
             box = ", ".join(f"{axis} {low} to {high}" for axis, low, high in zip("ijk", start, stop, strict=True))
             why = str(error) if isinstance(error, UnsafeError) else type(error).__name__
             wrong = f"undecodable within {box} ({why})"
