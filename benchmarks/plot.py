@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from patchmill.benchmarks.record import Record
-from patchmill.errors import FULL, UsageError, no_space
+from patchmill.errors import NoSpaceError, UsageError
 
 __all__ = ["check_picture", "plot_encoders"]
 
@@ -56,8 +56,8 @@ def plot_encoders(record: Record, path: Path) -> None:
     try:
         figure.savefig(path, bbox_inches="tight")
     except OSError as error:
-        if error.errno in FULL:
-            raise no_space(str(path), error) from error
+        if error.errno in NoSpaceError.FULL:
+            raise NoSpaceError.of(str(path), error) from error
         raise UsageError("--picture", f"{path} cannot be written ({error.strerror})", "name another file") from error
     finally:
         pyplot.close(figure)

@@ -12,7 +12,6 @@ PatchmillError
 import errno
 
 __all__ = [
-    "FULL",
     "ArchiveError",
     "EncoderError",
     "NoSpaceError",
@@ -20,10 +19,7 @@ __all__ = [
     "SourceError",
     "TransientError",
     "UsageError",
-    "no_space",
 ]
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PatchmillError(Exception):
@@ -56,6 +52,14 @@ class TransientError(SourceError):
 class NoSpaceError(PatchmillError):
     """A disk is full."""
 
+    FULL = (errno.ENOSPC, errno.EDQUOT)
+
+    @classmethod
+    def of(cls, where: str, error: OSError) -> "NoSpaceError":
+        """What to raise for an error in FULL, of a file that is written for the user. where: the file."""
+        wrong = f"no space left on its disk ({errno.errorcode[error.errno or 0]})"
+        return cls(where, wrong, "free space and run the same command again")
+
 
 class EncoderError(PatchmillError):
     """Weights, graph, runtime or precision are refused."""
@@ -63,9 +67,3 @@ class EncoderError(PatchmillError):
 
 class ArchiveError(PatchmillError):
     """The archive's own files are missing, damaged or foreign."""
-
-
-def no_space(where: str, error: OSError) -> NoSpaceError:
-    """What to raise for an error in FULL, of a file that is written for the user. where: the file."""
-    wrong = f"no space left on its disk ({errno.errorcode[error.errno or 0]})"
-    return NoSpaceError(where, wrong, "free space and run the same command again")

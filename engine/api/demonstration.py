@@ -18,7 +18,7 @@ from skimage.color import rgb2hed
 from patchmill.api.embedding import embed
 from patchmill.archive import Archive
 from patchmill.cluster import Event, RunReport
-from patchmill.errors import FULL, SourceError, UsageError, no_space
+from patchmill.errors import NoSpaceError, SourceError, UsageError
 from patchmill.index import IndexReport, build_index
 from patchmill.probes import ProbeReport, probe_knn
 from patchmill.query import QueryResult, draw_hits, query_place
@@ -72,8 +72,8 @@ def demo(
                 )
             mark.touch()
     except OSError as error:
-        if error.errno in FULL:
-            raise no_space(str(folder), error) from error
+        if error.errno in NoSpaceError.FULL:
+            raise NoSpaceError.of(str(folder), error) from error
         wrong = f"this folder cannot be made ({type(error).__name__})"
         raise UsageError(str(folder), wrong, "name another one") from error
     if slide is None:

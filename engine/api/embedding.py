@@ -69,7 +69,8 @@ def embed(
         for line in filter(None, (note, advice(encode, settings))):
             say(line)
     settings, rois = with_rois(entries, settings, mask, coords)
-    cluster.check(settings, encode, how, doors)
+    if not Archive.is_at(archive):
+        cluster.check(settings, encode, how, doors)
     with _full_at(archive):
         target = Archive.create_or_open(Path(archive))
         registered = [_entry(target, entry, mpp_override) for entry in entries]

@@ -53,6 +53,11 @@ class Archive:
         """The folder beside the archive that identifies people and files."""
         return layout.private_folder(self.path)
 
+    @staticmethod
+    def is_at(path: str | os.PathLike[str]) -> bool:
+        """Whether an archive is there, in whatever state."""
+        return (layout.root_of(path) / ARCHIVE).exists()
+
     @classmethod
     def create_or_open(cls, path: str | os.PathLike[str], disk: Disk | None = None) -> "Archive":
         """Open an archive; make it, durably, if the folder is missing or empty.

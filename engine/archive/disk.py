@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from patchmill.errors import FULL, ArchiveError, NoSpaceError, TransientError
+from patchmill.errors import ArchiveError, NoSpaceError, TransientError
 
 __all__ = ["PARTIAL", "Disk", "discard", "make_folders", "put", "reading", "storing", "sweep"]
 
@@ -105,7 +105,7 @@ def storing(where: str) -> Iterator[None]:
         yield
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, "no errno")
-        if error.errno in FULL:
+        if error.errno in NoSpaceError.FULL:
             raise NoSpaceError(
                 where, f"no space left in the archive ({name})", "free space and run the same command again"
             ) from error

@@ -15,7 +15,7 @@ from zarr.storage import LocalStore
 
 from patchmill.archive.source import SourceStore
 from patchmill.archive.tokengrid import Axis, TokenGrid
-from patchmill.errors import FULL, PatchmillError, UsageError, no_space
+from patchmill.errors import NoSpaceError, PatchmillError, UsageError
 from patchmill.types import PLANE_AXES, PLANES, TOKEN, VALID_GOOD, VolumePlan
 
 __all__ = ["write_grid"]
@@ -72,8 +72,8 @@ def write_grid(store: SourceStore, plan_key: str, encoder_key: str, grid: TokenG
 
 
 def _unwritable(out: Path, error: OSError) -> PatchmillError:
-    if error.errno in FULL:
-        return no_space(str(out), error)
+    if error.errno in NoSpaceError.FULL:
+        return NoSpaceError.of(str(out), error)
     return UsageError(str(out), f"cannot be written ({error.strerror})", "name another folder")
 
 

@@ -51,7 +51,7 @@ def _run(argv: Sequence[str] | None) -> int:
     from typer.exceptions import TyperException
 
     from patchmill.cli.app import app
-    from patchmill.errors import FULL, NoSpaceError, PatchmillError, no_space
+    from patchmill.errors import NoSpaceError, PatchmillError
 
     os.umask(0o077)  # an archive is personal data
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -71,9 +71,9 @@ def _run(argv: Sequence[str] | None) -> int:
         return _say(str(error), 2)
     except OSError as error:
         if error.filename is not None or not _stdout_fails():
-            if error.errno not in FULL:
+            if error.errno not in NoSpaceError.FULL:
                 raise
-            return _say(str(no_space(str(error.filename or "a file"), error)), 1)
+            return _say(str(NoSpaceError.of(str(error.filename or "a file"), error)), 1)
         if isinstance(error, BrokenPipeError):  # whoever read it has seen enough
             return 1
         wrong = f"cannot be written ({errno.errorcode.get(error.errno or 0, type(error).__name__)})"

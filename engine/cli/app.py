@@ -40,7 +40,7 @@ Output = Annotated[
 ]
 Weights = Annotated[Path | None, typer.Option(help="weights file: safetensors, the index of several, or .pth")]
 Sources = Annotated[
-    list[str], typer.Argument(metavar="SRC...", help="slides, volumes or images: files, folders, globs or CSV catalogs")
+    list[str], typer.Argument(metavar="SRC", help="slides, volumes or images: files, folders, globs or CSV catalogs")
 ]
 As = Annotated[
     Literal["slide", "volume", "images"] | None,
@@ -65,27 +65,33 @@ Planes = Annotated[
     str | None, typer.Option(help="volumes: axial,coronal,sagittal; by default axial, and all of an isotropic volume")
 ]
 Spacing = Annotated[float | None, typer.Option(help="volumes: millimetres per pixel; the volume's finest by default")]
-Every = Annotated[int | None, typer.Option(help="volumes: each n-th slice")]
+Every = Annotated[int | None, typer.Option(help="volumes: take each n-th slice alone")]
 Frame = Annotated[int | None, typer.Option(help="volumes: which one of a file that holds several, from 0")]
 Voxel = Annotated[
     str | None, typer.Option(metavar="X,Y,Z", help="volumes: millimetres per voxel where the file tells none")
 ]
 Mask = Annotated[
     Path | None,
-    typer.Option(metavar="PATH", help="own tissue: GeoJSON or PNG of one slide, or a folder with one per slide"),
+    typer.Option(metavar="PATH", help="slides: own tissue, GeoJSON or PNG of one, or a folder with one per slide"),
 ]
 Coords = Annotated[
-    Path | None, typer.Option(metavar="PATH", help="own tiles: HDF5 of CLAM or TRIDENT, or a folder with one per slide")
+    Path | None,
+    typer.Option(metavar="PATH", help="slides: own tiles, HDF5 of CLAM or TRIDENT, or a folder with one per slide"),
 ]
 Decode = Annotated[
     Literal["scaled", "exact"] | None,
-    typer.Option(help="slides: scaled, the default, lets a codec shrink by an even number"),
+    typer.Option(
+        help="slides: scaled, the default, has JPEG decoded at 1/2 or 1/4 where tiles are shrunk by that; exact never"
+    ),
 ]
 Reader = Annotated[
     Literal["auto", "dicom", "omezarr", "openslide", "tiff"],
     typer.Option(help="slides: who decodes; auto chooses for each file and names it"),
 ]
-Precision = Annotated[Literal["auto", "fp32", "fp16", "bf16", "int8"], typer.Option(help="auto asks the gate")]
+Precision = Annotated[
+    Literal["auto", "fp32", "fp16", "bf16", "int8"],
+    typer.Option(help="auto takes the fastest whose vectors agree with fp32's here"),
+]
 Runtime = Annotated[
     Literal["auto", "cpu", "torch", "cuda", "tensorrt"],
     typer.Option(help="what runs the encoder; auto takes a GPU where torch or ONNX Runtime can use it"),
@@ -142,7 +148,10 @@ def embed(
         str | None, typer.Option(help="volumes: which values are black and white, such as ct-lung; see the README")
     ] = None,
     window: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="volumes: own values, or 0.5%,99.5% of the body's")
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH", help="volumes: which values are black and white, or which of the body's, as 0.5%,99.5%"
+        ),
     ] = None,
     slab: Annotated[int | None, typer.Option(help="volumes: 3 puts neighbouring slices into the channels")] = None,
     fit: Annotated[
@@ -153,20 +162,28 @@ def embed(
     ] = False,
     reader: Reader = "auto",
     read_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="give up a source whose storage does not answer for so long")
+        float, typer.Option(metavar="SECONDS", help="give up storage that does not answer for so long")
     ] = _READ_TIMEOUT,
     stage: Annotated[
         Path | None, typer.Option(metavar="DIR", help="copy each source to this local disk before it is read")
     ] = None,
     mpp_override: MppOverride = None,
-    new_plan: Annotated[bool, typer.Option("--new-plan", help="add a second plan to the archive")] = False,
+    new_plan: Annotated[
+        bool, typer.Option("--new-plan", help="allow settings other than the archive's, as a second plan")
+    ] = False,
     workers: Annotated[
-        int | None, typer.Option(help="worker processes; one per GPU, else one; 0 runs in this process")
+        int | None, typer.Option(help="worker processes; by default one per GPU, else one; 0 runs in this process")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="tiles per batch; by default what suits the runtime")] = None,
     threads: Annotated[int | None, typer.Option(help="cores for each worker's encoder; all by default")] = None,
-    hash: Annotated[Literal["sampled", "full"], typer.Option(help="fingerprint of a source's content")] = "sampled",
-    retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="try them again")] = False,
+    hash: Annotated[
+        Literal["sampled", "full"],
+        typer.Option(help="tell whether a source has changed by samples of its bytes, or by all"),
+    ] = "sampled",
+    retry_quarantined: Annotated[
+        bool,
+        typer.Option("--retry-quarantined", help="try sources again that were set aside, as workers died over them"),
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Embed slides, volumes or images into an archive. Stop it whenever you like; the same command goes on."""
@@ -418,7 +435,9 @@ def knn(
     archive: ArchivePath,
     labels: Annotated[
         Path,
-        typer.Option(help="CSV: source,label and row, x,y, x,y,z or image; optional split, group; or a set's .npz"),
+        typer.Option(
+            help="CSV with source,label, for tiles also row, x,y, x,y,z or image; see the README; or a set's .npz"
+        ),
     ],
     k: Annotated[
         list[int] | None,
@@ -430,7 +449,9 @@ def knn(
     pool: Annotated[
         Literal["mean", "max"] | None, typer.Option(help="labels of sources: one vector for each, of all its tiles")
     ] = None,
-    allow_untrained: Annotated[bool, typer.Option("--allow-untrained", help="for tests of the machinery")] = False,
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="take random weights too, for tests of the machinery")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """DINO's kNN protocol on labels per tile or per source."""
@@ -458,7 +479,9 @@ def encoders(
     weights: Weights = None,
     precision: Precision = "auto",
     runtime: Runtime = "auto",
-    pixels: Annotated[int | None, typer.Option(help="per side of the input; the encoder's own by default")] = None,
+    pixels: Annotated[
+        int | None, typer.Option(help="pixels per side of the encoder's input; its own by default")
+    ] = None,
     untrained: Annotated[int | None, typer.Option(metavar="SEED", help="random weights from this seed")] = None,
     as_json: Json = False,
 ) -> int:
@@ -511,7 +534,7 @@ def doctor(as_json: Json = False) -> int:
 
 @app.command(epilog="Example: patchmill demo patchmill-demo")
 def demo(
-    folder: Annotated[Path, typer.Argument(help="where everything goes")] = Path("patchmill-demo"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="where everything goes")] = Path("patchmill-demo"),
     slide: Annotated[Path | None, typer.Option(help="a slide of your own in place of the sample")] = None,
     as_json: Json = False,
 ) -> int:

@@ -24,13 +24,21 @@ Rounds = Annotated[int, typer.Option(min=1, help="how often each case is measure
 @bench_app.command("encoder", epilog="Example: patchmill bench encoder --size dinov3-vits16 --batch 1 --batch 16")
 def bench_encoder(
     inputs: Inputs = None,
-    size: Annotated[list[str] | None, typer.Option(help="S, B and L by default; may be given several times")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="fp32 and int8 by default")] = None,
-    pixels: Annotated[list[int] | None, typer.Option(help="per side of the input; may be given several times")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="encoders; DINOv3's S, B and L by default; may be given several times")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32 and int8 by default; may be given several times")
+    ] = None,
+    pixels: Annotated[
+        list[int] | None, typer.Option(help="pixels per side of the input; may be given several times")
+    ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="tiles per call; may be given several times")] = None,
     rounds: Rounds = 5,
     threads: Annotated[int | None, typer.Option(help="cores; all by default")] = None,
-    price: Annotated[float | None, typer.Option(help="of an hour of this machine, for a price per million")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="of an hour of this machine, to tell that of a million tiles")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw it, as a PNG")] = None,
     as_json: Json = False,
 ) -> int:
@@ -60,13 +68,19 @@ def bench_encoder(
 
 @bench_app.command("gpu", epilog="Example: patchmill bench gpu --report gpu.json")
 def bench_gpu(
-    size: Annotated[list[str] | None, typer.Option(help="S, B and L by default; may be given several times")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="encoders; DINOv3's S, B and L by default; may be given several times")
+    ] = None,
     runtime: Annotated[list[str] | None, typer.Option(help="all by default; may be given several times")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="fp16 by default; may be given several times")] = None,
-    pixels: Annotated[list[int] | None, typer.Option(help="per side of the input; may be given several times")] = None,
+    pixels: Annotated[
+        list[int] | None, typer.Option(help="pixels per side of the input; may be given several times")
+    ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="tiles per call; may be given several times")] = None,
     rounds: Rounds = 5,
-    price: Annotated[float | None, typer.Option(help="of an hour of this machine, for a price per million")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="of an hour of this machine, to tell that of a million tiles")
+    ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the JSON to this file")] = None,
     as_json: Json = False,
 ) -> int:
@@ -92,7 +106,7 @@ def bench_gpu(
 def bench_pipeline(
     inputs: Inputs = None,
     encoder: Annotated[str, typer.Option(help="see patchmill encoders")] = _encode.encoder,
-    precision: Annotated[Literal["fp32", "int8"], typer.Option()] = "fp32",
+    precision: Annotated[Literal["fp32", "int8"], typer.Option(help="of the encoder")] = "fp32",
     tiles: Annotated[int, typer.Option(help="tiles per side of the slide that is made without --input")] = 20,
     rounds: Rounds = 3,
     as_json: Json = False,
@@ -147,7 +161,9 @@ def bench_memory(inputs: Inputs = None, rounds: Rounds = 1, as_json: Json = Fals
 @bench_app.command("volumes", epilog="Example: patchmill bench volumes --rounds 5 --gib 1")
 def bench_volumes(
     rounds: Rounds = 5,
-    gib: Annotated[list[int] | None, typer.Option(min=1, help="of chunked volumes; 1 and 20 by default")] = None,
+    gib: Annotated[
+        list[int] | None, typer.Option(min=1, help="size of the chunked volumes; 1 and 20 by default")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Slices per second out of volumes beside the usual way and copy bandwidth; memory against the volume's size."""
@@ -163,7 +179,8 @@ def bench_volumes(
 def bench_images(
     images: Annotated[int, typer.Option(min=1, help="files of each folder that is made")] = 256,
     side: Annotated[
-        list[int] | None, typer.Option(min=1, help="pixels; 224, 512 and 1024 by default; may be given several times")
+        list[int] | None,
+        typer.Option(min=1, help="pixels per side; 224, 512 and 1024 by default; may be given several times"),
     ] = None,
     rounds: Rounds = 5,
     as_json: Json = False,

@@ -83,7 +83,11 @@ def check(plan: Settings, encode: EncodeSettings, settings: RunSettings, doors: 
     """Raise what would stop any run with these settings, before an archive is made for it: EncoderError, UsageError."""
     doors = doors or Doors()
     placed, _, _ = doors.placed(encode)
-    spec = doors.resolve(replace(placed, precision="fp32") if placed.precision == "auto" else placed)
+    _check_settings(plan, placed, settings, doors)
+
+
+def _check_settings(plan: Settings, encode: EncodeSettings, settings: RunSettings, doors: Doors) -> None:
+    spec = doors.resolve(replace(encode, precision="fp32") if encode.precision == "auto" else encode)
     _check_view(plan, spec)
     if settings.stage is not None and not os.path.isdir(settings.stage):
         raise UsageError("--stage", f"{settings.stage} is no folder", "name a folder")
@@ -108,6 +112,7 @@ def run(
     with archive.run_lock():
         _check_plan(archive, plan, settings.new_plan)
         encode, gpus, note = _placed(archive, encode, doors)
+        _check_settings(plan, encode, settings, doors)
         journal = Journal.create(archive.path / "runs")
         job = Job(
             archive=str(archive.path),
@@ -147,7 +152,6 @@ class _Run:
                 stack.callback(shutil.rmtree, self._job.stage, ignore_errors=True)
             if self._job.encode.precision != "auto":
                 spec = self._job.doors.resolve(self._job.encode)
-                _check_view(self._job.plan, spec)
                 _check_outputs(self._archive, spec)
                 refs, skipped = self._skip_complete(refs, spec)
                 if not refs and self._recorded(spec):
@@ -162,7 +166,6 @@ class _Run:
                 stack.callback(give_up)  # before Dask waits for threads that wait for storage
             client.subscribe_topic(PROGRESS, self._told)
             spec, gate = self._gated(client)
-            _check_view(self._job.plan, spec)
             _check_outputs(self._archive, spec)
             if not skipped:
                 refs, skipped = self._skip_complete(refs, spec)

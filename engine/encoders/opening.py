@@ -22,7 +22,7 @@ from patchmill.encoders.runtimes import RUNS, Runtime, gpus, runtime_for
 from patchmill.encoders.session import CpuEncoder, release_freed_memory
 from patchmill.encoders.vit import Target
 from patchmill.encoders.weights import find, locate, sha256_of
-from patchmill.errors import FULL, EncoderError, no_space
+from patchmill.errors import EncoderError, NoSpaceError
 from patchmill.types import Encoder, EncoderSpec, EncodeSettings, PlanSettings, Settings, View
 
 LARGE = 8 << 30  # bytes of fp32 weights: DINOv3 7B has 27 GB
@@ -243,8 +243,8 @@ def export(settings: EncodeSettings, path: Path) -> None:
     try:
         model.save(path)
     except OSError as error:
-        if error.errno in FULL:
-            raise no_space(str(path), error) from error
+        if error.errno in NoSpaceError.FULL:
+            raise NoSpaceError.of(str(path), error) from error
         raise EncoderError(str(path), f"cannot be written ({error.strerror})", "name another file") from error
 
 

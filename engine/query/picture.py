@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from patchmill.archive import Archive
-from patchmill.errors import FULL, SourceError, UsageError, no_space
+from patchmill.errors import NoSpaceError, SourceError, UsageError
 from patchmill.index import place_text
 from patchmill.query.query import Hit, QueryResult
 from patchmill.query.tiles import SIDE, shrunk, tiles_of
@@ -50,8 +50,8 @@ def save_picture(image: Image.Image, out: Path) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        if error.errno in FULL:
-            raise no_space(str(out), error) from error
+        if error.errno in NoSpaceError.FULL:
+            raise NoSpaceError.of(str(out), error) from error
         raise UsageError(str(out), f"cannot be written ({type(error).__name__})", "choose another place") from error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from patchmill.errors import FULL, SourceError, TransientError
+from patchmill.errors import NoSpaceError, SourceError, TransientError
 from patchmill.sources.content import parts
 from patchmill.sources.files import failure
 from patchmill.sources.objects import is_url
@@ -45,7 +45,7 @@ def stage(ref: SourceRef, folder: str, beat: Callable[[], None] = lambda: None) 
                 copy(file, partial / (slide if own else place_of(name, original)), beat)
             rename_or_yield(partial, home)
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in NoSpaceError.FULL:
                 raise TransientError(ref.id, "the disk of --stage is full", "give it more room, run again") from error
             raise failure(ref.id, error) from error
         finally:

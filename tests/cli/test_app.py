@@ -84,7 +84,7 @@ def test_every_verb_takes_json(verb):
         ("probe", "see patchmill probe --help"),
         ("probe bogus A", "'bogus'"),
         ("probe knn A", "'--labels'"),
-        ("embed --archive A", "'SRC...'"),
+        ("embed --archive A", "'SRC'"),
         ("embed a.tif", "'--archive'"),
         ("embed a.tif --archive", "--archive"),
         ("embed a.tif --archive A --precision int7", "'int7' is not one of 'auto', 'fp32', 'fp16', 'bf16', 'int8'"),
@@ -168,6 +168,13 @@ def test_what_no_run_can_do_leaves_nothing_behind(patchmill, embed, slides, tmp_
     assert ran.code == 2
     assert says in ran.line
     assert not list(tmp_path.iterdir())
+
+
+def test_what_no_run_can_do_is_no_run_of_the_archive(embed, archive, slides):
+    before = sorted(archive.rglob("*"))
+    for options in (["--weights", "no.pth"], ["--pixels", "17"], ["--precision", "int8"], ["--stage", "none"]):
+        assert embed(archive, slides, *options).code == 2
+    assert sorted(archive.rglob("*")) == before
 
 
 def test_what_is_no_archive_is_left_as_it_was(embed, slides, tmp_path):
