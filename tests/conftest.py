@@ -1,6 +1,8 @@
-"""For all tests: what the machine remembers is theirs alone; disks that can be full."""
+"""For all tests: what the machine remembers is theirs alone, garbage is sought among what they make; small disks."""
 
+import gc
 import os
+import signal
 import subprocess
 
 import pytest
@@ -34,3 +36,20 @@ def small_disk(tmp_path):
 
     yield folder, resize
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settled_heap():
+    """No collection walks over the millions of objects of the libraries and tests that were there before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Ctrl-C ends the runs that tests start, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
