@@ -3,12 +3,14 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
 
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources import Patience, PatientSlide, content_fingerprint, give_up
+from patchmill.sources import patience as module
 from patchmill.sources.patience import aside
 from patchmill.testing.contracts import SlideContract
 from patchmill.testing.slides import FormulaSlide
@@ -24,28 +26,41 @@ def test_results_and_errors_come_back_in_order():
         assert patience.run(dict, a=1) == {"a": 1}
 
 
-def test_what_does_not_answer_is_given_up_and_asked_for_nothing_more():
+def test_what_does_not_answer_is_given_up_and_asked_for_nothing_more(monkeypatch):
     never, called = threading.Event(), []
     with Patience("s1", limit=0.2) as patience:
         with pytest.raises(TransientError, match=r"^s1: its storage has not answered for 0\.2 s; "):
             patience.run(never.wait)
-        start = time.monotonic()
+        monkeypatch.setattr(module, "wait", None)  # told at once: there is nobody to wait for
         with pytest.raises(TransientError):
             patience.run(called.append, 1)
-        assert time.monotonic() - start < 0.2  # at once: there is nobody to do it
+    assert not called
     never.set()
 
 
-def test_what_moves_is_waited_for(tmp_path):
-    with Patience("s1", limit=0.3) as patience:
+def test_what_moves_is_waited_for(monkeypatch):
+    """Eight limits pass without an answer, each as soon as something has moved in it."""
+    begun, moved, limits = threading.Semaphore(0), threading.Semaphore(0), iter(range(8))
+
+    def passed(futures, **options):
+        if next(limits, None) is None:
+            return wait(futures, **options)
+        begun.release()
+        assert moved.acquire(timeout=60)
+        return wait(futures, timeout=0)
+
+    monkeypatch.setattr(module, "wait", passed)
+    with Patience("s1", limit=60) as patience:
 
         def slow():
             for _ in range(8):
-                time.sleep(0.1)
+                assert begun.acquire(timeout=60)
                 patience.beat()
+                moved.release()
             return "done"
 
         assert patience.run(slow) == "done"
+    assert next(limits, None) is None
 
 
 def test_a_fingerprint_moves_with_every_read(tmp_path):
@@ -59,9 +74,8 @@ def test_its_thread_ends_with_it():
     before = threading.active_count()
     with Patience("s1") as patience:
         patience.run(int)
-    for _ in range(100):
-        if threading.active_count() == before:
-            break
+    deadline = time.monotonic() + 60
+    while threading.active_count() != before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert threading.active_count() == before
 

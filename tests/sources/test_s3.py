@@ -5,7 +5,6 @@ The server speaks as much of S3 as reading takes; moto's has been read from by h
 
 import re
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -40,8 +39,8 @@ class Bucket(BaseHTTPRequestHandler):
         if fault == "hang up":
             self.close_connection = True
             return
-        if isinstance(fault, float):
-            time.sleep(fault)
+        if isinstance(fault, threading.Event):
+            fault.wait(60)
             fault = None
         if ID not in self.headers.get("Authorization", ""):
             fault = "InvalidAccessKeyId"
@@ -223,15 +222,20 @@ def test_a_server_that_fails_for_a_while_is_to_be_tried_again(tmp_path, bucket, 
 
 def test_a_slow_server_is_waited_for_and_given_up(tmp_path, bucket):
     url = put(bucket, plain(tmp_path / "a.zarr"))
-    bucket.faults["c/0/0/0"] = 0.5
+    later = threading.Event()
+    bucket.faults["c/0/0/0"] = later
+    threading.Timer(0.3, later.set).start()
     with Patience("volume", limit=20) as patience:
         np.testing.assert_array_equal(whole(PatientVolume(patience.run(opened, url), patience)), noise().transpose())
-    bucket.faults["c/0/0/0"] = 1.5
-    with Patience("volume", limit=0.3) as patience:
-        volume = PatientVolume(patience.run(opened, url), patience)
-        with pytest.raises(TransientError, match=r"has not answered for 0\.3 s"):
-            whole(volume)
-    time.sleep(1.5)  # the call ends, so that no other test waits for it
+    volume, others, later = opened(url), threading.enumerate(), threading.Event()
+    bucket.faults["c/0/0/0"] = later
+    stalled = pytest.raises(TransientError, match=r"has not answered for 0\.3 s")
+    with Patience("volume", limit=0.3) as patience, stalled:
+        whole(PatientVolume(volume, patience))
+    later.set()
+    for each in set(threading.enumerate()) - set(others):
+        if each.name == "patchmill-storage":
+            each.join(60)  # the call ends, so that no other test waits for it
 
 
 def test_nothing_secret_is_kept_of_a_run_that_fails_and_goes_on(tmp_path, bucket, monkeypatch):
