@@ -152,7 +152,7 @@ def test_the_slide_that_is_made_shows_real_tiles(slide):
 def test_ingest_is_measured_beside_the_loader_and_the_codec(slide, capsys, monkeypatch):
     """Of a file of one's own, and of those that are made: every codec, ratio and reader."""
     monkeypatch.setattr(ingest, "SECONDS", 0.02)
-    monkeypatch.setattr(ingest, "PEER_TILES", 16)
+    monkeypatch.setattr(ingest, "PEER_TILES", 4)
     assert main(["bench", "ingest", "--input", str(slide), "--rounds", "1", "--json"]) == 0
     own = json.loads(capsys.readouterr().out)["rows"]
     assert main(["bench", "ingest", "--tiles", "4", "--rounds", "1", "--json"]) == 0
