@@ -134,12 +134,12 @@ def test_an_encoder_that_is_kept_is_not_opened_again():
 
 def test_what_is_released_is_closed_once_and_opened_anew():
     opener = Opener()
-    threads = threading.active_count()
+    others = set(threading.enumerate())
     batcher_for(SETTINGS, opener)
-    assert threading.active_count() == threads + 1
+    (own,) = set(threading.enumerate()) - others
     release()
     release()
-    assert threading.active_count() == threads
+    assert not own.is_alive()
     assert [encoder.closed for encoder in opener.opened] == [1]
     assert feed(batcher_for(SETTINGS, opener)[0], 3)
     assert [encoder.closed for encoder in opener.opened] == [1, 0]
