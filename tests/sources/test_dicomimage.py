@@ -345,6 +345,8 @@ def test_codecs_without_loss_have_the_same_pixels(syntax, encode, shape, dtype):
     out = np.empty((8, 8, 3), np.uint8)
     for cut in (len(frame) // 2, 40, 1):
         assert not decode_picture(content(dataset(pixels, syntax, frame=frame[:cut])), "crop", out)
+    if syntax == JPEGLosslessSV1:  # the end is there, what was before it is not
+        assert not decode_picture(content(dataset(pixels, syntax, frame=frame[:-40] + frame[-2:])), "crop", out)
     for tags in ({"Rows": 24}, {"Rows": 22}, {"Columns": 17}, {"Rows": 1, "Columns": 1}):
         if syntax == RLELossless and tags in ({"Rows": 22}, {"Columns": 17}, {"Rows": 1, "Columns": 1}):
             continue  # whose frame does not tell its size

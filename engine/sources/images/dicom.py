@@ -20,6 +20,7 @@ import simplejpeg
 from jaxtyping import Float64, Int32, Int64, UInt8
 
 from patchmill.sources.dicomelements import Damaged
+from patchmill.sources.jpegstreams import lossless_jpeg
 
 __all__ = ["dicom_picture", "is_dicom", "whole_jpeg"]
 
@@ -143,7 +144,7 @@ def decoded(syntax: str, header: Any, shape: tuple[int, int, int]) -> Samples:
     if syntax in JPEG:
         found = jpeg(frame, header.BitsStored, str(header.PhotometricInterpretation))
     elif syntax in JPEG_LOSSLESS:
-        found = imagecodecs.jpegsof3_decode(frame)  # the one that notices damage
+        found = lossless_jpeg(frame, shape)
     elif syntax in JPEG_LS:
         found = imagecodecs.jpegls_decode(frame)
     else:

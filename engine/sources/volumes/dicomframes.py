@@ -1,7 +1,7 @@
 """Frames of DICOM files of grey values: where their bytes lie, and their samples.
 
-Sources: DICOM PS3.5, annexes A.4 and G (compressed pixels). Decoders that crash on damage (imagecodecs 2026.3.6: RLE,
-and lossless JPEG with damaged tables) get what was checked before, or are not used.
+Sources: DICOM PS3.5, annexes A.4 and G (compressed pixels). A decoder that crashes on damage (imagecodecs 2026.3.6:
+RLE) is not used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 import simplejpeg
 
 from patchmill.sources.dicomelements import BIG_ENDIAN, Damaged, content, runs
+from patchmill.sources.jpegstreams import LOSSLESS, SCAN, TABLES, huffman_tables, lossless_jpeg, segments
 from patchmill.sources.volumes.dicomseries import SliceHeader
 
 __all__ = [
@@ -38,10 +39,9 @@ JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 FRAMES = {  # which markers may begin a frame in which JPEG
     JPEG_8: (0xC0,),
     JPEG_12: (0xC0, 0xC1),
-    **dict.fromkeys(JPEG_LOSSLESS, (0xC3,)),
+    **dict.fromkeys(JPEG_LOSSLESS, (LOSSLESS,)),
     **dict.fromkeys(JPEG_LS, (0xF7,)),
 }
-TABLES, SCAN, RESTART = 0xC4, 0xDA, 0xDD  # further markers
 ANY_FRAME = {*range(0xC0, 0xD0), 0xF7} - {TABLES, 0xC8, 0xCC}
 MOST_TILES = 4096  # of a slice in JPEG 2000
 MOST_ITEMS = 1 << 20  # of one file
@@ -122,7 +122,7 @@ def decoded(frame: bytes, header: SliceHeader) -> Samples:
         if syntax in JPEG_LS:
             found = imagecodecs.jpegls_decode(frame)
         elif syntax in JPEG_LOSSLESS:
-            found = imagecodecs.jpegsof3_decode(frame)
+            found = lossless_jpeg(frame, (*shape, 1))
         elif precision == 8:
             found = simplejpeg.decode_jpeg(frame, "GRAY", strict=True)[:, :, 0]
         else:
@@ -165,58 +165,20 @@ def check_jpeg_2000(frame: bytes, shape: tuple[int, int]) -> None:
 def check_jpeg(frame: bytes, allowed: Sequence[int], shape: tuple[int, int]) -> int:
     """Bits per sample of a JPEG or JPEG-LS stream of one component. allowed: markers that its frame may begin with.
 
-    Raises Damaged for another size, for tables that no encoder makes, for restarts in lossless streams, and where the
-    end is missing. Source: ITU-T T.81, B.2; ISO/IEC 14495-1, annex C.
+    Raises Damaged for another size, for tables that no encoder makes, and where the end is missing. Sources: ITU-T
+    T.81, B.2; ISO/IEC 14495-1, annex C.
     """
     if not frame.startswith(b"\xff\xd8") or not frame.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
         raise Damaged("a frame is no JPEG, or is cut short")
-    precision, tables = 0, set[int]()
-    for marker, body in segments(frame):
+    precision = 0
+    for marker, body, _ in segments(frame):
         if marker in ANY_FRAME:
             size = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
             if precision or marker not in allowed or size != shape or body[5:6] != b"\1" or len(body) != 9:
                 raise Damaged("a frame has another size")
             precision = body[0]
         elif marker == TABLES:
-            tables |= huffman_tables(body, 0xC3 in allowed)
-        elif marker == RESTART and 0xC3 in allowed and any(body):
-            raise Damaged("a lossless JPEG has restarts")
-        elif marker == SCAN:
-            sound = body[:1] == b"\1" and len(body) == 6
-            if 0xC3 in allowed:
-                sound = sound and body[2] >> 4 in tables and 1 <= body[3] <= 7 and body[5] < precision
-            if sound and 1 < precision <= 16:
-                return precision
+            huffman_tables(body, LOSSLESS in allowed)
+        elif marker == SCAN and body[:1] == b"\1" and len(body) == 6 and 1 < precision <= 16:
+            return precision
     raise Damaged("a frame has no pixels")
-
-
-def segments(frame: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and body of each segment of a JPEG stream, up to the first scan. Raises Damaged."""
-    at = 2
-    while at + 4 <= len(frame) and frame[at] == 0xFF:
-        end = at + 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
-        if end < at + 4:
-            raise Damaged("a segment has no length")
-        yield frame[at + 1], frame[at + 4 : end]
-        if frame[at + 1] == SCAN:
-            return
-        at = end
-
-
-def huffman_tables(body: bytes, lossless: bool) -> set[int]:
-    """Numbers of the tables that a segment defines. Raises Damaged for one that is no prefix code.
-
-    lossless: each code stands for a number of bits, from 0 to 16.
-    """
-    found: set[int] = set()
-    while body:
-        counts, count = body[1:17], sum(body[1:17])
-        symbols = body[17 : 17 + count]
-        room = sum(each << (16 - length) for length, each in enumerate(counts, 1))
-        if len(counts) < 16 or not 0 < count <= 256 or len(symbols) < count or room > 1 << 16 or body[0] & 0xEF > 3:
-            raise Damaged("a table of codes is broken")
-        if lossless and (body[0] > 3 or max(symbols) > 16 or len(set(symbols)) < count):
-            raise Damaged("a table of codes is broken")
-        found.add(body[0])
-        body = body[17 + count :]
-    return found
