@@ -264,7 +264,8 @@ def chunks_in(shard: memoryview, count: int) -> Iterator[memoryview]:
 def check_growth(data: memoryview, codecs: Sequence[str], chunk: int) -> None:
     """Raise UnsafeError for an encoded chunk that would decode to more than `chunk` bytes, and what zlib raises.
 
-    gzip has no size to be trusted, and Zstandard need not tell one: such chunks are decoded once more, to that size.
+    gzip has no size to be trusted, Zstandard need not tell one, and numcodecs grows with what follows the frame that
+    tells one: such chunks are decoded once more, to that size.
     """
     check_chunk(bytes(data[:32]), len(data), codecs, chunk)
     data = data[:-4] if codecs and codecs[-1] == "crc32c" else data
@@ -278,8 +279,21 @@ def check_growth(data: memoryview, codecs: Sequence[str], chunk: int) -> None:
                 raise UnsafeError("more than its pixels")
         if decoder.unused_data.strip(b"\0"):
             raise UnsafeError("bytes behind its end")
-    if "zstd" in codecs and int.from_bytes(data[:4], "little") == ZSTD and not data[4] >> 5:  # no size is told
+    if "zstd" in codecs and not is_one_frame(data):
         imagecodecs.zstd_decode(bytes(data), out=chunk)
+
+
+def is_one_frame(data: memoryview) -> bool:
+    """Whether a chunk is one frame of Zstandard that tells its size, with nothing behind. Source: RFC 8878, 3.1.1."""
+    if int.from_bytes(data[:4], "little") != ZSTD or len(data) < 6 or not data[4] >> 5:
+        return False
+    flag, single, dictionary = data[4] >> 6, data[4] >> 5 & 1, data[4] & 3
+    at, last = 5 + (not single) + (0, 1, 2, 4)[dictionary] + (single, 2, 4, 8)[flag], False
+    while not last and at + 3 <= len(data):
+        head = int.from_bytes(data[at : at + 3], "little")
+        last = bool(head & 1)
+        at += 3 + (1 if head >> 1 & 3 == 1 else head >> 3)  # a byte that is repeated takes but one
+    return last and at + 4 * (data[4] >> 2 & 1) == len(data)
 
 
 def longest(chunk: int) -> int:

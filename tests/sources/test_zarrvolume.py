@@ -322,6 +322,8 @@ def frame_without_a_size(blocks):
         (GzipCodec(), lambda: gzip.compress(bytes(2 << 20)) + gzip.compress(bytes(300 << 20), 1)),
         (ZstdCodec(), lambda: numcodecs.Zstd().encode(bytes(300 << 20))),
         (ZstdCodec(), lambda: frame_without_a_size(2400)),
+        (ZstdCodec(), lambda: bytes(numcodecs.Zstd().encode(bytes(2 << 20))) + frame_without_a_size(2400)),
+        (ZstdCodec(), lambda: b"\x50\x2a\x4d\x18" + bytes(4) + frame_without_a_size(2400)),  # to be skipped
     ],
 )
 @pytest.mark.parametrize("shard", [False, True])
