@@ -364,6 +364,15 @@ def test_records_of_a_tar_are_not_believed(tmp_path, kind, body, wrong):
             ImageSetSource(ref(tmp_path / "set.tar"))
 
 
+@pytest.mark.parametrize("told", [b"-1", b"-2", b"-0000001000"])
+def test_a_record_of_negative_length_is_refused(tmp_path, told):
+    head = bytearray(tarfile.TarInfo("record").tobuf()[:512])
+    head[124:136], head[156:157] = told.ljust(12, b"\0"), b"L"
+    head[148:156] = b"%06o\0 " % (sum(head) - sum(head[148:156]) + 8 * 32)
+    (tmp_path / "set.tar").write_bytes(bytes(head) + bytes(1024))
+    assert "a name in it is too long" in refusal(tmp_path / "set.tar")
+
+
 # -------------------------------------------------------------------------------------------------------------- npz
 
 

@@ -71,7 +71,7 @@ def regular(file: BinaryIO, size: int) -> Iterator[tuple[str, int, int]]:
     while (head := read_at(file, at, 512)) != bytes(512):
         length, start, kind = length_of(head, at), at + 512, head[156:157]
         if kind in (b"L", b"x", b"K", b"g"):
-            if length > MOST_NAME:
+            if not 0 <= length <= MOST_NAME:
                 raise Unreadable("a name in it is too long", DAMAGED)
             record = read_at(file, start, length)
             if kind == b"L":
