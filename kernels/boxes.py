@@ -55,7 +55,8 @@ def check(
     if where.size and (where.min() < -1 or where.max() >= cells[0]):
         raise ValueError(f"there are {cells[0]} cells, but number {where.max()} is used")
     if len(origins) and (
-        origins.min() < 0 or origins[:, 0].max() + side > width or origins[:, 1].max() + side > height
+        # As Python's numbers, which do not overflow.
+        origins.min() < 0 or int(origins[:, 0].max()) + side > width or int(origins[:, 1].max()) + side > height
     ):
         raise ValueError(f"a tile of {side} px reaches out of its block of {width} x {height} px")
     return side

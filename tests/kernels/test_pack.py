@@ -112,6 +112,7 @@ def test_only_its_slice_of_a_buffer_is_written():
         ([(0, 0), (5, 0)], 16.0, "out of its block"),
         ([(0, 5)], 16.0, "out of its block"),
         ([(4, 0)], 16.5, "out of its block"),
+        ([(2**31 - 1, 0)], 16.0, "out of its block"),
         ([(0, 0)], 7.9, "ever shrunk"),
         ([(0, 0)], math.nan, "ever shrunk"),
     ],
