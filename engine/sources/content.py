@@ -176,10 +176,11 @@ def voxels_beside(path: Path) -> tuple[str, Path] | None:
     """
     ref = SourceRef(id="source", path=str(path))
     try:
-        match path.suffix.lower():
+        stem, suffix = os.path.splitext(path.name.removesuffix(".gz"))
+        match suffix.lower():
             case ".hdr":
                 image = Path(image_of(ref))
-                return f"slide{image.name[len(path.stem) :]}", image
+                return f"slide{image.name[len(stem) :]}", image
             case ".mhd" | ".nhdr":
                 name = header_of(ref).file
                 return (name, Path(beside(ref, name))) if name else None

@@ -18,7 +18,7 @@ from patchmill.types import SourceRef
 __all__ = ["stage", "unstage"]
 
 PIECE = 8 << 20  # bytes copied between two signs of life
-HEADERS = frozenset({".hdr", ".mhd", ".nhdr"})  # of volumes, which name the file beside them
+HEADERS = (".hdr", ".hdr.gz", ".mhd", ".nhdr")  # of volumes, which name the file beside them
 SCATTERED = frozenset({".vms", ".vmu"})  # their pixels lie in files that only the slide itself names
 
 
@@ -35,7 +35,7 @@ def stage(ref: SourceRef, folder: str, beat: Callable[[], None] = lambda: None) 
     home = Path(folder) / ref.id
     partial = home.with_name(f"{ref.id}.{secrets.token_hex(4)}.partial")
     original = Path(ref.path)
-    slide = f"slide{original.suffix}"
+    slide = f"slide{'.hdr' if original.name.lower().endswith('.hdr.gz') else ''}{original.suffix}"
     if not home.is_dir():
         try:
             inside = original.is_dir() or original.suffix.lower() == ".mrxs"
@@ -57,7 +57,7 @@ def place_of(name: str, slide: Path) -> Path:
     """Where a further file of a source goes: beside a file of a series, in the folder of an MRXS or an OME-Zarr."""
     if slide.is_dir():  # OME-Zarr
         return Path(f"slide{slide.suffix}") / name
-    if slide.suffix.lower() in HEADERS:
+    if slide.name.lower().endswith(HEADERS):
         return Path(name)
     return Path("slide") / name if slide.suffix.lower() == ".mrxs" else Path(f"{name}{slide.suffix}")
 

@@ -20,9 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchmill.errors import SourceError, TransientError
+from patchmill.sources.content import content_fingerprint
 from patchmill.sources.mapped import populated
 from patchmill.sources.patience import Patience
 from patchmill.sources.refused import Unsupported
+from patchmill.sources.staging import stage
 from patchmill.sources.volumes import nifti, storedvoxels
 from patchmill.sources.volumes.nifti import NiftiVolume
 from patchmill.types import SourceRef, Volume
@@ -501,7 +503,13 @@ def test_pairs(tmp_path):
     np.testing.assert_array_equal(whole(NiftiVolume(ref(path))), voxels)
     (tmp_path / "a.hdr.gz").write_bytes(gzip.compress(path.read_bytes()))
     np.testing.assert_array_equal(whole(NiftiVolume(ref(tmp_path / "a.hdr.gz"))), voxels)
+    for header in (path, tmp_path / "a.hdr.gz"):
+        local = stage(ref(header), str(tmp_path / f"stage of {header.name}"))
+        np.testing.assert_array_equal(whole(NiftiVolume(local)), voxels)
+        assert content_fingerprint(local.path) == content_fingerprint(str(header)), "of the voxels, too"
+    before = content_fingerprint(str(tmp_path / "a.hdr.gz"))
     os.truncate(packed, 50)
+    assert content_fingerprint(str(tmp_path / "a.hdr.gz")) != before
     assert "its compressed data ends early" in refusal(path)
     packed.unlink()
     assert refusal(path) == "its .img is not there; keep the header and one .img together"
@@ -627,7 +635,7 @@ def test_a_file_that_has_become_shorter_does_not_kill_the_process(tmp_path):
     last = end + 2 * (64 * 64 - 1)
     boxes = (((0, 0, 0), (64, 64, 64), end), ((63, 63, 30), (64, 64, 31), last), ((0, 0, 30), (1, 1, 31), end))
     for start, stop, missing in boxes:
-        with pytest.raises(SourceError, match=f"it was longer when it was opened: it has no byte {missing};"):
+        with pytest.raises(TransientError, match=f"it was longer when it was opened: it has no byte {missing};"):
             volume.read(start, stop)
 
 
