@@ -10,7 +10,10 @@ from patchmill.types import SourceRef
 
 __all__ = ["check_readable", "failure", "files_in", "readable"]
 
-TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN})
+TRANSIENT = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN}
+    | {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ECONNRESET, errno.ECONNABORTED}  # of SMB and FUSE
+)
 
 
 def check_readable(ref: SourceRef) -> None:

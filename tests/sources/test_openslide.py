@@ -221,6 +221,8 @@ def test_a_truncated_slide(tmp_path, share):
         (errno.EIO, TransientError, "its storage fails (EIO)"),
         (errno.ESTALE, TransientError, "its storage fails (ESTALE)"),
         (errno.ETIMEDOUT, TransientError, "its storage fails (ETIMEDOUT)"),
+        (errno.ECONNABORTED, TransientError, "its storage fails (ECONNABORTED)"),
+        (errno.EHOSTUNREACH, TransientError, "its storage fails (EHOSTUNREACH)"),
         (errno.ENAMETOOLONG, SourceError, "it cannot be read (OSError, ENAMETOOLONG)"),
     ],
 )
