@@ -774,7 +774,8 @@ def test_frames_cut_within_their_items_are_counted(tmp_path):
         folder = made.write_series(tmp_path / codec, made.voxels((32, 32, 6)), codec=codec)
         data = pydicom.dcmread(folder / "002")
         frame = next(pydicom.encaps.generate_frames(data.PixelData, number_of_frames=1))
-        data.PixelData = pydicom.encaps.encapsulate([frame[: len(frame) // 2]])
+        end = b"\xff\xd9" if codec.startswith("jpeg lossless") else b""
+        data.PixelData = pydicom.encaps.encapsulate([frame[: len(frame) // 2] + end])
         data.save_as(folder / "002")
         refused(folder, r"1 of 6 slices are damaged, the first is slice \d")
 
@@ -783,7 +784,7 @@ def test_a_file_that_is_replaced_while_it_is_open(tmp_path):
     folder = made.write_series(tmp_path / "a")
     volume = opened(folder)
     os.utime(folder / "003", ns=(0, 1))
-    with pytest.raises(SourceError, match="a file of it changed while it was read"):
+    with pytest.raises(TransientError, match="a file of it changed while it was read"):  # no damage of some tiles
         stored(volume)
     np.testing.assert_array_equal(stored(opened(folder)), made.voxels())
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from patchmill.errors import SourceError
+from patchmill.errors import SourceError, TransientError
 from patchmill.sources import scratch
 from patchmill.sources.refused import Unsupported
 from patchmill.sources.volumes.stacks import StackVolume, is_stack
@@ -281,6 +281,32 @@ def test_plain_pages_are_mapped_in_any_byte_order(tmp_path, byteorder, dtype, bi
     assert found.dtype == volume.dtype
     assert found.dtype.isnative
     np.testing.assert_array_equal(found, tifffile.imread(path).astype(volume.dtype))
+
+
+def test_a_file_that_has_become_shorter_does_not_kill_the_process(tmp_path):
+    voxels = noise((50, 64, 64), "uint16")
+    tifffile.imwrite(tmp_path / "a.tif", voxels, photometric="minisblack")
+    volume = StackVolume(ref(tmp_path / "a.tif"))
+    assert mapped(volume)
+    end = volume._stack.mapped._starts[20]
+    os.truncate(tmp_path / "a.tif", end)
+    np.testing.assert_array_equal(volume.read((0, 0, 0), (64, 64, 20)).transpose(), voxels[:20])
+    for start, stop, missing in (((0, 0, 0), (64, 64, 50), end), ((3, 2, 20), (5, 3, 21), end + 2 * (2 * 64 + 3))):
+        with pytest.raises(TransientError, match=f"it was longer when it was opened: it has no byte {missing};"):
+            volume.read(start, stop)
+
+
+@pytest.mark.parametrize("form", ["png", "pages"])
+def test_what_changes_between_its_header_and_its_pixels_is_read_again_later(tmp_path, form):
+    voxels = noise()
+    path = folder(tmp_path / "a", voxels) if form == "png" else tmp_path / "a.tif"
+    if form == "pages":
+        tifffile.imwrite(path, voxels, photometric="minisblack", compression="lzw")
+    volume = StackVolume(ref(path))
+    os.utime(path / "slice_002.png" if form == "png" else path, ns=(0, 1))
+    with pytest.raises(TransientError, match="changed while it was read; run the same command again"):
+        whole(volume)
+    np.testing.assert_array_equal(whole(StackVolume(ref(path))), voxels)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from patchmill.errors import SourceError
+from patchmill.errors import SourceError, TransientError
 from patchmill.sources.dicomelements import BIG_ENDIAN, UID, UNDEFINED, Damaged
 from patchmill.sources.files import check_readable, failure
 from patchmill.sources.refused import Unsupported
@@ -222,7 +222,8 @@ def decode_all(
 ) -> None:
     """Decode every slice into `out` [columns, rows, slices]; as real values if scales are given.
 
-    Raises SourceError that counts the slices which cannot be decoded, TransientError where storage fails.
+    Raises SourceError that counts the slices which cannot be decoded, TransientError where storage fails or a file of
+    them changes.
     """
     spans: dict[str, list[tuple[int, int]]] = {}
     damaged: list[int] = []
@@ -231,7 +232,7 @@ def decode_all(
             with open(header.path, "rb") as file:
                 status = os.fstat(file.fileno())
                 if (status.st_size, status.st_mtime_ns) != header.stamp:
-                    raise SourceError(source, "a file of it changed while it was read", "run the same command again")
+                    raise TransientError(source, "a file of it changed while it was read", "run the same command again")
                 if header.path not in spans:
                     spans[header.path] = list(spans_in(file, header))
                 values = levelled(decoded(frame_at(file, header, spans[header.path][plane.number]), header), header)

@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 import tifffile
 
-from patchmill.errors import SourceError
+from patchmill.errors import SourceError, TransientError
 from patchmill.sources.files import failure
 from patchmill.sources.patience import beat
 from patchmill.sources.refused import Unsupported
@@ -60,7 +60,7 @@ class StackVolume:
             raise failure(ref.id, error) from error
         width, height, stored = stack.picture
         self._stack = stack
-        self._voxels: Voxels | None = stack.mapped
+        self._voxels: Voxels | None = stack.mapped.voxels if stack.mapped else None
         self.reader = f"stack {tifffile.__version__}, pillow {PIL.__version__}"
         self.shape = (width, height, stack.count)
         self.chunk = (1, 1, 1)
@@ -74,6 +74,8 @@ class StackVolume:
 
         Raises SourceError where a picture is damaged, TransientError if the storage fails or the scratch disk is full.
         """
+        if self._stack.mapped is not None:
+            self._stack.mapped.bring(self._ref.id, start, stop)
         if self._voxels is None:
             key = ("stack", self._stack.stamp)
             self._voxels = spooled(key, self.shape, self.dtype, self._stack.fill, self._ref.id)
@@ -85,7 +87,7 @@ class StackVolume:
         return voxels
 
     def close(self) -> None:
-        """Nothing is held open but a map of the file, which goes with the last of its views."""
+        """Nothing is held open but a file that is mapped, which goes with the volume and the last of its views."""
 
 
 def is_stack(path: str | os.PathLike[str]) -> bool:
@@ -160,8 +162,10 @@ def folder_stack(ref: SourceRef) -> Stack:
         for k, (number, path) in enumerate(pictures):
             moved()
             with told(ref, f"its picture {number}"), regular(path) as file:
-                if head(file) != first:
-                    raise DamagedError("changed while it was read")
+                status = os.fstat(file.fileno())
+                if (status.st_size, status.st_mtime_ns) != sizes[k]:
+                    wrong = f"its picture {number} changed while it was read"
+                    raise TransientError(ref.id, wrong, "run the same command again")
                 decode(file, voxels[:, :, k])
 
     return Stack(first, len(pictures), None, (tuple(pictures), tuple(sizes)), fill)

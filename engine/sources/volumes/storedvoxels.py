@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from patchmill.errors import SourceError
+from patchmill.errors import SourceError, TransientError
 from patchmill.sources.files import failure
 from patchmill.sources.mapped import populated
 from patchmill.sources.patience import beat
 from patchmill.sources.scratch import spooled
 
-__all__ = ["COPY", "EITHER", "READ", "Layout", "Place", "StoredVoxels", "Voxels"]
+__all__ = ["COPY", "EITHER", "READ", "Layout", "Place", "StoredVoxels", "Voxels", "bring"]
 
 READ, PIECE = 256 << 10, 4 << 20  # bytes: what is read of a compressed file at a time, and most that it becomes
 EITHER = 32 + zlib.MAX_WBITS  # gzip or zlib, as the data says
 DEFLATE = 1032  # most bytes that one compressed byte becomes; zlib's technical details, "Maximum Compression Factor"
 COPY = "copy it again"
+AGAIN = "run the same command again once it is whole"
 SERVED = (np.dtype(np.uint8), np.dtype(np.int16), np.dtype(np.uint16), np.dtype(np.float32))
 
 Voxels = np.ndarray[Any, np.dtype[Any]]
@@ -95,8 +96,8 @@ class StoredVoxels:
     def read(self, start: Place, stop: Place) -> Voxels:
         """Voxels [start, stop) in `dtype`; a view where the file holds them so, else a copy. Not to be written to.
 
-        Values beyond float32 become infinite. Raises SourceError where the file is damaged or has become shorter,
-        TransientError where the storage fails.
+        Values beyond float32 become infinite. Raises SourceError where the file is damaged, TransientError
+        where the storage fails or the file has become shorter: it may be whole again, or tell when it is opened.
         """
         if not self._layout.compressed:
             self._bring(start, stop)
@@ -109,21 +110,13 @@ class StoredVoxels:
             return found.astype(self.dtype, order="F")
 
     def _bring(self, start: Place, stop: Place) -> None:
-        """Have the storage bring what a box lies on into memory, slice by slice from its first voxel to its last.
-
-        Where a page of a mapped file fails, the process is killed; this fails with an error. What the system has
-        dropped again when the view is looked at is not safe.
-        """
+        """Have the storage bring what a box lies on into memory, slice by slice from its first voxel to its last."""
         layout = self._layout
         across, down, _ = layout.shape
         (i, j, k), (i_end, j_end, k_end) = start, stop
         if i >= i_end or j >= j_end:
             return
         begin = layout.start + layout.first
-        try:
-            there = os.fstat(self._number).st_size - begin  # the page that the file ends in goes on with zeros
-        except OSError as error:
-            raise failure(self._source, error) from error
         whole = j == 0 and j_end == down  # slices then follow each other
         for number in [k] if whole else range(k, k_end):
             last = k_end - 1 if whole else number
@@ -131,25 +124,7 @@ class StoredVoxels:
                 ((slice_ * down + row) * across + column) * layout.stored.itemsize
                 for slice_, row, column in ((number, j, i), (last, j_end - 1, i_end))
             )
-            for at in range(first, end, PIECE):
-                beat()
-                size = min(PIECE, end - at)
-                if at + size > there or not populated(self._address + at, size):
-                    self._read_through(begin + at, size)
-
-    def _read_through(self, at: int, size: int) -> None:
-        """Read so many bytes from a byte of the file on, and drop them. Raises as `read`."""
-        buffer = memoryview(bytearray(min(READ, size)))
-        end = at + size
-        while at < end:
-            beat()
-            try:
-                count = os.preadv(self._number, [buffer[: end - at]], at)
-            except OSError as error:
-                raise failure(self._source, error) from error
-            if not count:
-                raise SourceError(self._source, f"it was longer when it was opened: it has no byte {at}", COPY)
-            at += count
+            bring(self._source, self._number, self._address - begin, begin + first, begin + end)
 
     def _unpack(self, voxels: Voxels, moved: Callable[[], None]) -> None:
         """Fill an array from the compressed file, reading that to its end, where its checksum is."""
@@ -171,6 +146,38 @@ class StoredVoxels:
     def __del__(self) -> None:
         if hasattr(self, "_number"):
             os.close(self._number)
+
+
+def bring(source: str, number: int, address: int, first: int, end: int) -> None:
+    """Have the storage bring bytes [first, end) of a file into memory.
+
+    Where a page of a mapped file fails, the process is killed; this fails with an error. What the system has dropped
+    again when the view is looked at is not safe. number: of the open file. address: where its first byte is mapped.
+    Raises SourceError, and TransientError where the storage fails or the file has become shorter.
+    """
+    try:
+        there = os.fstat(number).st_size  # the page that the file ends in goes on with zeros
+    except OSError as error:
+        raise failure(source, error) from error
+    for at in range(first, end, PIECE):
+        beat()
+        stop = min(at + PIECE, end)
+        if stop > there or not populated(address + at, stop - at):
+            read_through(source, number, at, stop)
+
+
+def read_through(source: str, number: int, at: int, end: int) -> None:
+    """Read bytes [at, end) of an open file, and drop them. Raises as `bring`."""
+    buffer = memoryview(bytearray(min(READ, end - at)))
+    while at < end:
+        beat()
+        try:
+            count = os.preadv(number, [buffer[: end - at]], at)
+        except OSError as error:
+            raise failure(source, error) from error
+        if not count:
+            raise TransientError(source, f"it was longer when it was opened: it has no byte {at}", AGAIN)
+        at += count
 
 
 class Lying(Exception):  # noqa: N818 - what it is
