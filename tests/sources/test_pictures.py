@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from patchmill.kernels import reference
 from patchmill.sources.images import pictures
-from patchmill.sources.images.pictures import MAX_PIXELS, axis, decode_picture, fit_picture, picture_of
+from patchmill.sources.images.pictures import MAX_PIXELS, MAX_SIDE, axis, decode_picture, fit_picture, picture_of
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 FITS = ("crop", "pad", "stretch")
@@ -227,6 +227,16 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
         with pytest.raises(AssertionError if width * height and width == 10_000 else Exception, match=r".*") as caught:
             picture_of(data, "crop", 8)
         assert isinstance(caught.value, AssertionError) == (width == 10_000)
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_line_of_very_many_pixels_is_refused(beyond):
+    """What an axis takes beside its pixels is 30 times as much: a file of 80 kB would fill 2 GiB."""
+    for shape in ((1, MAX_SIDE + beyond), (MAX_SIDE + beyond, 1)):
+        data = saved(Image.fromarray(np.full(shape, 200, np.uint8)), "TIFF", compression="tiff_deflate")
+        out = np.zeros((8, 8, 3), np.uint8)
+        assert decode_picture(data, "stretch", out) == (not beyond)
+        assert (out == 200).all() == (not beyond)
 
 
 def test_bombs_and_damaged_tags_write_nothing_to_stderr(tmp_path):

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from patchmill.errors import SourceError
 from patchmill.sources.files import failure
 from patchmill.sources.images.holding import DAMAGED, MOST_IMAGES, TOO_MANY, Holding, Unreadable
-from patchmill.sources.images.pictures import MAX_PIXELS
+from patchmill.sources.images.pictures import MAX_PIXELS, MAX_SIDE
 from patchmill.sources.patience import beat
 from patchmill.sources.scratch import spooled
 from patchmill.types import SourceRef
@@ -171,7 +171,7 @@ def check_images(member: Member) -> None:
         raise Unreadable(
             f"its images are {member.dtype} {list(shape)}", "it should have uint8 arrays [n, h, w] or [n, h, w, 3]"
         )
-    if not 0 < shape[1] * shape[2] <= MAX_PIXELS:
+    if not 0 < shape[1] * shape[2] <= MAX_PIXELS or max(shape[1:3]) > MAX_SIDE:
         raise Unreadable("its images have no pixels, or too many", "write it with images of another size")
 
 

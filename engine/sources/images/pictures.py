@@ -22,9 +22,10 @@ from patchmill.kernels.pictures import eight_bits, on_white, resample
 from patchmill.sources.images.dicom import dicom_picture, is_dicom, whole_jpeg
 from patchmill.types import Fit
 
-__all__ = ["MAX_PIXELS", "decode_picture", "fit_picture", "picture_of"]
+__all__ = ["MAX_PIXELS", "MAX_SIDE", "decode_picture", "fit_picture", "picture_of"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a GiB of RGB
+MAX_SIDE = 1 << 20  # pixels: weights of an axis take 30 bytes for each
 FORMATS = ("JPEG", "PNG", "TIFF")
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B")
 NO_PICTURE = ("I", "F", *SIXTEEN_BIT)  # signed or of 32 bits: nobody says which value is white
@@ -55,8 +56,9 @@ class NoPicture(Exception):  # noqa: N818 - what it is
 def decode_picture(data: bytes, fit: Fit, out: UInt8[np.ndarray, "p p 3"]) -> bool:
     """Decode an encoded picture (JPEG, PNG, TIFF, DICOM) into a square; False for whatever cannot be decoded.
 
-    Never raises for what stands in the file: damage, a missing end, no pixels, more than `MAX_PIXELS` of them. What is
-    in `out` is undefined then. Safe to call from several threads; decoders and resampling run without the GIL.
+    Never raises for what stands in the file: damage, a missing end, no pixels, more than `MAX_PIXELS` of them, or more
+    than `MAX_SIDE` in a row or column. What is in `out` is undefined then. Safe to call from several threads; decoders
+    and resampling run without the GIL.
     """
     try:
         pixels, shrunk = picture_of(data, fit, out.shape[0])
@@ -82,7 +84,7 @@ def picture_of(data: bytes, fit: Fit, pixels: int) -> tuple[UInt8[np.ndarray, "h
         return dicom_picture(data, MAX_PIXELS), 1
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
-        if width * height > MAX_PIXELS:
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise NoPicture("too many pixels")
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
             shrunk = shrink_of(height, width, fit, pixels)
