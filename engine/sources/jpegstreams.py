@@ -1,8 +1,9 @@
-"""What a JPEG stream says of itself, checked before a decoder believes it; and JPEG without loss as a whole.
+"""What streams of JPEG and JPEG 2000 say of themselves, checked before a decoder believes it; and JPEG without loss.
 
 Of decoders for JPEG without loss, jpegsof3 and liblj92 read on behind the end of a stream that lacks pixels and crash
 on damaged tables, and libjpeg-turbo fills up with values of its own in silence (imagecodecs 2026.3.6). So codes are
-counted first. Source: ITU-T T.81, annexes B, C and H.
+counted first. OpenJPEG leaves a tile black that is not there, and takes 10 kB for each that is told of (2.5.4).
+Sources: ITU-T T.81, annexes B, C and H; T.800, annex A.
 """
 
 import re
@@ -16,9 +17,21 @@ from jaxtyping import UInt8
 from patchmill.kernels.codes import holds_codes
 from patchmill.sources.dicomelements import Damaged
 
-__all__ = ["LOSSLESS", "RESTART", "SCAN", "TABLES", "huffman_tables", "lossless_jpeg", "segments"]
+__all__ = [
+    "CODESTREAM",
+    "LOSSLESS",
+    "SCAN",
+    "TABLES",
+    "check_jpeg_2000",
+    "huffman_tables",
+    "lossless_jpeg",
+    "segments",
+]
 
 LOSSLESS, TABLES, SCAN, RESTART = 0xC3, 0xC4, 0xDA, 0xDD  # second bytes of markers
+CODESTREAM = b"\xff\x4f\xff\x51"  # how one of JPEG 2000 begins
+TILE_PART = b"\xff\x90"  # a marker of JPEG 2000
+MOST_TILES = 4096  # of a frame in JPEG 2000
 MARKER = re.compile(rb"\xff+([\x01-\xfe])")
 
 Samples = np.ndarray[Any, np.dtype[Any]]
@@ -111,4 +124,36 @@ def bits_of(counts: bytes, symbols: bytes) -> UInt8[np.ndarray, "65536"]:
             symbol = next(each)
             found[at : at + (1 << (16 - length))] = length + symbol % 16  # nothing follows 16
             at += 1 << (16 - length)
+    return found
+
+
+def check_jpeg_2000(stream: bytes, shape: tuple[int, int, int]) -> None:
+    """Raise Damaged for a codestream of another size, in very many tiles, or that lacks one. shape: rows first."""
+    if not stream.startswith(CODESTREAM) or len(stream) < 45:
+        raise Damaged("a frame is no JPEG 2000")
+    x1, y1, x0, y0, width, height, left, top = (int(each) for each in np.frombuffer(stream, ">u4", 8, 8))
+    components, precision = int.from_bytes(stream[40:42], "big"), (stream[42] & 0x7F) + 1
+    if (y1 - y0, x1 - x0, components) != shape or precision > 16 or not (width and height):
+        raise Damaged("a frame has another size")
+    tiles = -(-(x1 - left) // width) * -(-(y1 - top) // height)
+    if left > x0 or top > y0 or tiles > MOST_TILES:
+        raise Damaged("a frame has too many tiles")
+    if tiles_in(stream) != set(range(tiles)):
+        raise Damaged("tiles are missing")
+
+
+def tiles_in(stream: bytes) -> set[int]:
+    """The numbers of the tiles that a codestream has a part of. Raises Damaged."""
+    at, found = 2, set[int]()
+    while (marker := stream[at : at + 2]) != TILE_PART:
+        size = int.from_bytes(stream[at + 2 : at + 4], "big")
+        if marker[:1] != b"\xff" or size < 2:
+            raise Damaged("a frame has no pixels")
+        at += 2 + size
+    while stream[at : at + 2] == TILE_PART and len(stream) >= at + 12:
+        found.add(int.from_bytes(stream[at + 4 : at + 6], "big"))
+        size = int.from_bytes(stream[at + 6 : at + 10], "big")
+        at += size or len(stream)  # 0: up to the end
+        if 0 < size < 14:
+            raise Damaged("a segment has no length")
     return found

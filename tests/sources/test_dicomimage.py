@@ -11,6 +11,7 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, get_encoder
@@ -365,6 +366,19 @@ def test_jpeg_is_near_its_pixels_and_noticed_when_it_is_cut(syntax, dtype, store
     out = np.empty((8, 8, 3), np.uint8)
     for cut in (len(frame) - 3, len(frame) // 2, 20):
         assert not decode_picture(content(dataset(ramp, syntax, stored=stored, frame=frame[:cut])), "crop", out)
+
+
+@pytest.mark.parametrize("stored", [8, 12])
+def test_a_jpeg_of_very_many_scans_is_refused(stored):
+    pixels = noise((40, 56))
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", progressive=True)
+    frame = file.getvalue()
+    scan = frame[frame.rindex(b"\xff\xda") : -2]
+    values, out = pixels.astype(np.uint8 if stored == 8 else np.uint16), np.empty((8, 8, 3), np.uint8)
+    for times, decoded in ((0, True), (200, False)):
+        data = content(dataset(values, JPEGExtended12Bit, stored, frame[:-2] + scan * times + frame[-2:]))
+        assert decode_picture(data, "crop", out) == decoded
 
 
 def test_a_frame_that_is_larger_than_told_is_never_decoded(monkeypatch):

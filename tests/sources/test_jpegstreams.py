@@ -1,11 +1,15 @@
-"""JPEG without loss: what was encoded, whatever the predictor, and no pixel of a stream that lacks some."""
+"""JPEG without loss: what was encoded, whatever the predictor, and no pixel of a stream that lacks some; JPEG 2000."""
+
+import io
+from itertools import pairwise
 
 import imagecodecs
 import numpy as np
 import pytest
+from PIL import Image
 
 from patchmill.sources.dicomelements import Damaged
-from patchmill.sources.jpegstreams import lossless_jpeg
+from patchmill.sources.jpegstreams import check_jpeg_2000, lossless_jpeg
 
 SIDES = 9, 11
 RGB = {"colorspace": "rgb", "outcolorspace": "rgb"}
@@ -56,3 +60,40 @@ def test_tables_that_are_none_are_damaged():
         broken[place] = byte
         with pytest.raises(Damaged):
             lossless_jpeg(bytes(broken), (*SIDES, 1))
+
+
+def in_tiles(shape, side):
+    """A codestream of JPEG 2000, and where each part of a tile begins in it."""
+    pixels = np.random.default_rng(0).integers(1, 256, shape).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG2000", tile_size=(side, side), irreversible=False, no_jp2=True)
+    stream = file.getvalue()
+    at, places = stream.index(b"\xff\x90\0\x0a"), []
+    while stream[at : at + 2] == b"\xff\x90":
+        places.append(at)
+        at += int.from_bytes(stream[at + 6 : at + 10], "big")
+    return pixels, stream, [*places, at]
+
+
+@pytest.mark.parametrize("shape", [(50, 70), (50, 70, 3)])
+def test_jpeg_2000_that_lacks_a_tile_is_damaged(shape):
+    pixels, stream, places = in_tiles(shape, 32)
+    size = (*shape, 1)[:3]
+    check_jpeg_2000(stream, size)
+    np.testing.assert_array_equal(imagecodecs.jpeg2k_decode(stream), pixels)
+    assert len(places) == 7
+    for begin, end in pairwise(places):
+        with pytest.raises(Damaged, match="tiles are missing"):
+            check_jpeg_2000(stream[:begin] + stream[end:], size)
+    for stop in range(0, places[0] + 12, 3):
+        with pytest.raises(Damaged):
+            check_jpeg_2000(stream[:stop], size)
+
+
+def test_jpeg_2000_in_very_many_tiles_is_damaged():
+    _, stream, _ = in_tiles((64, 64), 64)
+    told = bytearray(stream)
+    told[8:16] = 2 * (8000).to_bytes(4, "big")
+    told[24:32] = 2 * (32).to_bytes(4, "big")
+    with pytest.raises(Damaged, match="a frame has too many tiles"):
+        check_jpeg_2000(bytes(told), (8000, 8000, 1))

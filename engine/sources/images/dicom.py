@@ -20,7 +20,7 @@ import simplejpeg
 from jaxtyping import Float64, Int32, Int64, UInt8
 
 from patchmill.sources.dicomelements import Damaged
-from patchmill.sources.jpegstreams import lossless_jpeg
+from patchmill.sources.jpegstreams import CODESTREAM, check_jpeg_2000, lossless_jpeg
 
 __all__ = ["dicom_picture", "is_dicom", "whole_jpeg"]
 
@@ -148,6 +148,7 @@ def decoded(syntax: str, header: Any, shape: tuple[int, int, int]) -> Samples:
     elif syntax in JPEG_LS:
         found = imagecodecs.jpegls_decode(frame)
     else:
+        check_jpeg_2000(frame[frame.index(CODESTREAM) :], shape)
         found = imagecodecs.jpeg2k_decode(frame)
     return found[:, :, None] if found.ndim == 2 else found
 
@@ -207,6 +208,7 @@ def jpeg(frame: bytes, stored: int, colours: str) -> Samples:
     if colours in COLOURS and ADOBE[:9] not in head and b"JFIF" not in head[:32]:
         frame = b"".join((b"\xff\xd8", ADOBE, b"\x00" if colours == "RGB" else b"\x01", frame[2:]))
     if stored > 8:
+        check_scans(frame)
         found: Samples = imagecodecs.jpeg8_decode(frame)
         return found
     return whole_jpeg(frame, "RGB" if colours in COLOURS else "GRAY")
@@ -218,9 +220,7 @@ def whole_jpeg(data: bytes, colours: str, **options: Any) -> UInt8[np.ndarray, "
     Raises Damaged, ValueError, KeyError where pixels are missing: libjpeg, and Pillow with it, goes on over damage and
     leaves grey, which is no pixel of the picture. Superfluous bytes harm nothing, and some cameras write them.
     """
-    values = np.frombuffer(data, np.uint8)
-    if np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == SCAN)) > MOST_SCANS:  # ten times as fast as data.count
-        raise Damaged("it has too many scans")
+    check_scans(data)
     strict = True
     while True:
         try:
@@ -233,13 +233,20 @@ def whole_jpeg(data: bytes, colours: str, **options: Any) -> UInt8[np.ndarray, "
             return pixels
 
 
+def check_scans(data: bytes) -> None:
+    """Raise Damaged for a JPEG of very many scans."""
+    values = np.frombuffer(data, np.uint8)
+    if np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == SCAN)) > MOST_SCANS:  # ten times as fast as data.count
+        raise Damaged("it has too many scans")
+
+
 def size_of(frame: bytes, jpeg_2000: bool) -> tuple[int, int, int]:
     """Height, width and channels that a frame says it has. Raises Damaged, IndexError where it says nothing.
 
     Sources: ITU-T T.81, B.2.2 (JPEG), and T.800, A.5.1 (JPEG 2000).
     """
     if jpeg_2000:
-        at = frame.index(b"\xff\x4f\xff\x51")
+        at = frame.index(CODESTREAM)
         right, bottom, left, top = np.frombuffer(frame, ">u4", 4, at + 8).tolist()
         return bottom - top, right - left, int.from_bytes(frame[at + 40 : at + 42], "big")
     at = 2

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 from patchmill.errors import SourceError
 from patchmill.sources.dicomelements import NATIVE, Damaged, content
 from patchmill.sources.files import check_readable, failure
+from patchmill.sources.jpegstreams import CODESTREAM, check_jpeg_2000
 from patchmill.sources.refused import Refused, Unsupported
 from patchmill.sources.slides.cells import read_cells, whiten_outside
 from patchmill.sources.slides.dicomlevels import Frames, Header, frames_of, header_of, levels_of
@@ -298,7 +299,9 @@ def jpeg_decoder(colours: int, sample: bytes | None) -> Decode:
 def jpeg_2000(data: memoryview, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
     """Decodes JPEG 2000, whose own header tells the colours."""
     try:
-        pixels = imagecodecs.jpeg2k_decode(content(data) or b"")
+        frame = content(data) or b""
+        check_jpeg_2000(frame[frame.index(CODESTREAM) :], out.shape)
+        pixels = imagecodecs.jpeg2k_decode(frame)
     except Exception:  # noqa: BLE001 - whatever it is, it says that the frame is damaged
         return False
     if pixels.dtype != np.uint8 or pixels.shape != out.shape:

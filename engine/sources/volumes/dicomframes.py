@@ -13,7 +13,15 @@ import numpy as np
 import simplejpeg
 
 from patchmill.sources.dicomelements import BIG_ENDIAN, Damaged, content, runs
-from patchmill.sources.jpegstreams import LOSSLESS, SCAN, TABLES, huffman_tables, lossless_jpeg, segments
+from patchmill.sources.jpegstreams import (
+    LOSSLESS,
+    SCAN,
+    TABLES,
+    check_jpeg_2000,
+    huffman_tables,
+    lossless_jpeg,
+    segments,
+)
 from patchmill.sources.volumes.dicomseries import SliceHeader
 
 __all__ = [
@@ -43,7 +51,6 @@ FRAMES = {  # which markers may begin a frame in which JPEG
     **dict.fromkeys(JPEG_LS, (0xF7,)),
 }
 ANY_FRAME = {*range(0xC0, 0xD0), 0xF7} - {TABLES, 0xC8, 0xCC}
-MOST_TILES = 4096  # of a slice in JPEG 2000
 MOST_ITEMS = 1 << 20  # of one file
 
 Samples = np.ndarray[Any, np.dtype[Any]]
@@ -115,7 +122,7 @@ def decoded(frame: bytes, header: SliceHeader) -> Samples:
     if syntax == RLE:
         return run_lengths(frame, header.allocated // 8, shape)
     if syntax in JPEG_2000:
-        check_jpeg_2000(frame, shape)
+        check_jpeg_2000(frame, (*shape, 1))
         found = imagecodecs.jpeg2k_decode(frame)
     else:
         precision = check_jpeg(frame, FRAMES[syntax], shape)
@@ -145,21 +152,6 @@ def run_lengths(frame: bytes, width: int, shape: tuple[int, int]) -> Samples:
             raise Damaged("pixels are missing")
         words = words << 8 | np.frombuffer(plane, np.uint8).reshape(shape)
     return words
-
-
-def check_jpeg_2000(frame: bytes, shape: tuple[int, int]) -> None:
-    """Raise Damaged for a codestream of another size, of several components, or in very many tiles.
-
-    Source: ISO/IEC 15444-1, A.5.1 (SIZ).
-    """
-    if not frame.startswith(b"\xff\x4f\xff\x51") or len(frame) < 45:
-        raise Damaged("a frame is no JPEG 2000")
-    x1, y1, x0, y0, width, height, left, top = (int(each) for each in np.frombuffer(frame, ">u4", 8, 8))
-    components, precision = int.from_bytes(frame[40:42], "big"), (frame[42] & 0x7F) + 1
-    if (y1 - y0, x1 - x0, components) != (*shape, 1) or precision > 16 or not (width and height):
-        raise Damaged("a frame has another size")
-    if left > x0 or top > y0 or -(-(x1 - left) // width) * -(-(y1 - top) // height) > MOST_TILES:
-        raise Damaged("a frame has too many tiles")
 
 
 def check_jpeg(frame: bytes, allowed: Sequence[int], shape: tuple[int, int]) -> int:
