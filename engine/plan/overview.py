@@ -14,6 +14,7 @@ __all__ = ["Overview", "read_overview"]
 
 TARGET_MPP = 8.0  # µm per pixel: a nucleus is a pixel, a tile of 112 µm is 14 x 14
 MOST_PIXELS = 4 << 20  # of the picture; 16 x 16 mm at 8 µm, larger slides get a coarser one
+MOST_FACTOR = 4096  # pixels per side of a square whose sum 32 bits hold
 READ_PIXELS = 1024  # per side of the rectangles that are read, about
 
 
@@ -51,7 +52,7 @@ def overview_of(slide: Slide, index: int, mpp: float) -> Overview:
     """
     level = slide.levels[index]
     factor = max(1, int(mpp / (slide.mpp * level.downsample) + 0.05))
-    factor = max(factor, math.ceil(math.sqrt(level.width * level.height / MOST_PIXELS)))
+    factor = min(MOST_FACTOR, max(factor, math.ceil(math.sqrt(level.width * level.height / MOST_PIXELS))))
     scaled = max(each for each in level.shrinks if factor % each == 0)
     level, factor = level.shrunk(scaled), factor // scaled
     across, down = (max(1, READ_PIXELS // side) * side for side in level.tile)

@@ -271,6 +271,13 @@ def test_the_overview_itself_is_bounded():
     assert overview.rgb.shape[0] * overview.rgb.shape[1] <= MOST_PIXELS * 1.01
 
 
+def test_sums_of_the_finest_slides_do_not_overflow():
+    overview = read_overview(ArraySlide(np.full((5000, 300, 3), 200, np.uint8), mpp=0.001))
+    assert (overview.rgb == 200).all()
+    assert overview.mpp == overview.scale * 0.001
+    assert overview.scale * len(overview.rgb) >= 5000
+
+
 class Shrinking(FormulaSlide):
     """A slide whose codec could shrink."""
 
