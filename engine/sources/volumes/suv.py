@@ -57,8 +57,10 @@ def injection(tracer: Tracer, scan: datetime) -> datetime | None:
     if dated:
         found = MOMENT.fullmatch(dated)
         return moment(found[1], found[2]) if found else None
-    at = moment(f"{scan:%Y%m%d}", time)
-    return at - timedelta(days=1) if at is not None and at > scan else at
+    at = moment(f"{scan.year:04}{scan:%m%d}", time)  # %Y has less than four digits of 1 January 1, as in place of dates
+    if at is None or at <= scan:
+        return at
+    return at - timedelta(days=1) if at - datetime.min >= timedelta(days=1) else None
 
 
 def moment(date: str, time: str) -> datetime | None:
