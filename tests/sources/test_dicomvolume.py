@@ -24,6 +24,7 @@ from patchmill.api import preview
 from patchmill.cli.text import previews_text
 from patchmill.errors import SourceError, TransientError
 from patchmill.sources.refused import Unsupported
+from patchmill.sources.volumes import dicomseries
 from patchmill.sources.volumes.dicom import DicomVolume
 from patchmill.sources.volumes.dicomseries import header_of, series_of, series_within
 from patchmill.types import SourceRef, Volume
@@ -528,8 +529,17 @@ def pet(folder, **changes):
         ({"SeriesTime": "173000"}, SUV / HOUR),  # a series that was made later: from the earliest acquisition
         ({"SeriesTime": "003000", "AcquisitionTime": "003000", "RadiopharmaceuticalStartTime": "233000"}, SUV / HOUR),
         ({"Units": "GML"}, 1.0),
+        ({"SeriesDate": "00010101", "AcquisitionDate": "00010101"}, SUV / HOUR),  # in place of dates
         ({"Units": "GML", "SUVType": "BW"}, 1.0),
         ({"Units": "GML", "SUVType": "LBM"}, None),
+        (
+            {
+                "SeriesDate": "00010101",
+                "AcquisitionDate": "00010101",
+                "RadiopharmaceuticalStartTime": "120000",  # on a day that no calendar has
+            },
+            None,
+        ),
         ({"Units": "CNTS"}, None),
         ({"PatientWeight": None}, None),
         ({"PatientWeight": 0}, None),
@@ -846,3 +856,15 @@ def outcome(path):
     except (SourceError, Unsupported) as error:
         return str(error)
     return "read"
+
+
+def test_headers_are_kept_up_to_so_many_planes(tmp_path, monkeypatch):
+    paths = [made.write_enhanced(tmp_path / str(number), made.voxels((4, 4, 30))) for number in range(4)]
+    names, read = [], dicomseries.read_header
+    monkeypatch.setattr(dicomseries, "read_header", lambda path, stamp: names.append(path) or read(path, stamp))
+    kept = dicomseries.Kept(60)
+    for number in (0, 1, 0, 1, 2, 1, 2, 0, 3, 3):
+        assert len(kept.header(str(paths[number]), (1, 1)).planes) == 30
+    assert [paths.index(Path(name)) for name in names] == [0, 1, 2, 0, 3]
+    assert kept.header(str(tmp_path), (1, 1)) is None
+    assert len(dicomseries.Kept(1).header(str(paths[0]), (1, 1)).planes) == 30  # one is kept whatever it has

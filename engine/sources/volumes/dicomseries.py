@@ -9,8 +9,9 @@ import io
 import math
 import os
 import re
+from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -216,10 +217,42 @@ def object_in(path: str | os.PathLike[str]) -> str:
 def header_of(path: str | os.PathLike[str]) -> SliceHeader | None:
     """The header of a file; None if it is no image of a volume. Raises OSError, and Damaged if it is damaged."""
     status = os.stat(path)
-    return read_header(os.fspath(path), (status.st_size, status.st_mtime_ns))
+    return _kept.header(os.fspath(path), (status.st_size, status.st_mtime_ns))
 
 
-@lru_cache(maxsize=1 << 14)  # a folder may hold the files of many series, and is searched for each of them
+class Kept:
+    """The headers that were asked for last: a folder may hold the files of many series, and is searched for each."""
+
+    def __init__(self, most: int) -> None:
+        """most: planes of all headers together, but for the last; a file of several frames has one for each."""
+        self._most, self._planes, self._lock = most, 0, Lock()
+        self._headers: OrderedDict[tuple[str, tuple[int, int]], SliceHeader | None] = OrderedDict()
+
+    def header(self, path: str, stamp: tuple[int, int]) -> SliceHeader | None:
+        """`read_header`, or what it found before."""
+        key = path, stamp
+        with self._lock:
+            if key in self._headers:
+                self._headers.move_to_end(key)
+                return self._headers[key]
+        found = read_header(path, stamp)
+        with self._lock:
+            if key not in self._headers:  # by another thread
+                self._headers[key] = found
+                self._planes += planes_in(found)
+            while self._planes > self._most and len(self._headers) > 1:
+                self._planes -= planes_in(self._headers.popitem(last=False)[1])
+        return found
+
+
+def planes_in(header: SliceHeader | None) -> int:
+    """How many planes a header keeps in memory; one for a file that is none."""
+    return len(header.planes) if header is not None else 1
+
+
+_kept = Kept(1 << 14)  # 2 KiB for a file of one frame, 700 bytes for each of several
+
+
 def read_header(path: str, stamp: tuple[int, int]) -> SliceHeader | None:
     """`header_of` the file that was so large and so old."""
     if not os.path.isfile(path):  # a pipe would block for ever
