@@ -85,7 +85,7 @@ Decode = Annotated[
     ),
 ]
 Reader = Annotated[
-    Literal["auto", "dicom", "omezarr", "openslide", "tiff"],
+    Literal["auto", "dicom", "ndpi", "omezarr", "openslide", "tiff"],
     typer.Option(help="slides: who decodes; auto chooses for each file and names it"),
 ]
 Precision = Annotated[

@@ -7,6 +7,7 @@ from patchmill.sources.opening import READERS, open_images, open_slide, open_vol
 from patchmill.sources.patience import READ_TIMEOUT, Patience, PatientImages, PatientSlide, PatientVolume, give_up
 from patchmill.sources.slides.cells import CellsByRectangle, read_or_none
 from patchmill.sources.slides.dicom import DicomSlide
+from patchmill.sources.slides.ndpi import NdpiSlide
 from patchmill.sources.slides.omezarr import OmeZarrSlide
 from patchmill.sources.slides.openslide import OpenSlideSlide
 from patchmill.sources.slides.tiff import TiffSlide
@@ -23,6 +24,7 @@ __all__ = [
     "CellsByRectangle",
     "DicomSlide",
     "Grid",
+    "NdpiSlide",
     "OmeZarrSlide",
     "OpenSlideSlide",
     "Patience",

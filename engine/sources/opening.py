@@ -7,6 +7,7 @@ from patchmill.sources.images.imageset import ImageSetSource
 from patchmill.sources.objects import is_url
 from patchmill.sources.refused import Refused, Unsupported
 from patchmill.sources.slides.dicom import DicomSlide
+from patchmill.sources.slides.ndpi import NdpiSlide
 from patchmill.sources.slides.omezarr import OmeZarrSlide
 from patchmill.sources.slides.openslide import OpenSlideSlide
 from patchmill.sources.slides.tiff import TiffSlide
@@ -19,10 +20,11 @@ from patchmill.types import ImageSet, Slide, SourceRef, Volume
 
 __all__ = ["READERS", "open_images", "open_slide", "open_volume"]
 
-READERS = ("auto", "dicom", "omezarr", "openslide", "tiff")
+READERS = ("auto", "dicom", "ndpi", "omezarr", "openslide", "tiff")
 DIRECT: Mapping[str, Callable[[SourceRef], Slide]] = {  # by name, tried in turn
     "omezarr": OmeZarrSlide,
     "dicom": DicomSlide,
+    "ndpi": NdpiSlide,
     "tiff": TiffSlide,
 }
 

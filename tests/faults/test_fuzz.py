@@ -15,6 +15,7 @@ import pytest
 import tifffile
 import zarr
 
+from patchmill.testing.ndpi import write_ndpi
 from patchmill.testing.slides import FormulaSlide
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -25,7 +26,7 @@ import json, resource, shutil, signal, sys
 from pathlib import Path
 import numpy as np
 from patchmill.errors import SourceError
-from patchmill.sources import OpenSlideSlide, TiffSlide, open_slide
+from patchmill.sources import NdpiSlide, OpenSlideSlide, TiffSlide, open_slide
 from patchmill.sources.refused import Unsupported
 from patchmill.types import SourceRef
 
@@ -37,7 +38,8 @@ if source.is_dir():  # of a folder, one file of each copy
     readers = (open_slide,)
 else:
     parts = [path]
-    readers = open_slide if source.read_bytes()[128:132] == b"DICM" else TiffSlide, OpenSlideSlide
+    direct = NdpiSlide if source.suffix == ".ndpi" else TiffSlide
+    readers = open_slide if source.read_bytes()[128:132] == b"DICM" else direct, OpenSlideSlide
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 signal.alarm(240)
 
@@ -88,6 +90,11 @@ def sample(kind, folder):
     pixels = FormulaSlide(500, 500, disc=0.6).read(0, 0, 0, 500, 500)
     if kind == "omezarr":
         return ome_zarr(folder / "sample.zarr", pixels)
+    if kind == "ndpi":
+        write_ndpi(
+            folder / "sample.ndpi", [np.pad(pixels, ((0, 4), (0, 12), (0, 0))), pixels[::4, ::4]], intervals=[32, 0]
+        )
+        return folder / "sample.ndpi"
     path = folder / f"{kind}.svs"
     codec = {"jpeg": "jpeg", "lzw": "lzw", "deflate": "zlib", "jpeg2000": 33005}[kind]
     text = "Aperio Image Library v1\r\n500x500 (256x256) |AppMag = 20|MPP = 0.5"
@@ -108,7 +115,7 @@ def ome_zarr(path, pixels):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ["jpeg", "lzw", "deflate", "jpeg2000", "real", "dicom", "omezarr"])
+@pytest.mark.parametrize("kind", ["jpeg", "lzw", "deflate", "jpeg2000", "ndpi", "real", "dicom", "omezarr"])
 def test_mutated_slides_fail_as_sources(kind, tmp_path):
     path, first = sample(kind, tmp_path), 0
     outcomes: Counter[str] = Counter()

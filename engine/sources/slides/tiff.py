@@ -270,15 +270,15 @@ def jpeg_decoder(page: Any, sample: memoryview | None) -> Decode:
     return decode
 
 
-def decode_jpeg(data: bytes, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
+def decode_jpeg(data: bytes, out: UInt8[np.ndarray, "h w 3"], shrink: int, *, lenient: bool = True) -> bool:
     """Decode a whole JPEG stream into an array that it must fill exactly; False where pixels of it are missing.
 
     libjpeg goes on over damage and leaves grey; that is no pixel of the slide. Superfluous bytes between the markers
-    of a scan harm nothing, and some scanners write them.
+    of a scan harm nothing, and some scanners write them; they are let pass if `lenient`.
     """
     h, w, _ = out.shape
     size = {"min_height": h, "min_width": w, "min_factor": shrink} if shrink > 1 else {}
-    for strict in (True, False):
+    for strict in (True, False) if lenient else (True,):
         try:  # a larger picture is refused at full scale for want of room, but could be shrunk into it
             if shrink > 1 and simplejpeg.decode_jpeg_header(data, strict=False)[:2] != (h * shrink, w * shrink):
                 return False
