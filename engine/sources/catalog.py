@@ -234,6 +234,12 @@ def is_volume(folder: Path, kind: Kind | None) -> bool:
     return claims_to_be_one(folder)
 
 
+def is_numbered(folder: Path) -> bool:
+    """`is_stack`, which tells that it moves and where it is."""
+    beat(os.fspath(folder))
+    return is_stack(folder)
+
+
 def is_archive(folder: Path) -> bool:
     """Whether a folder is an archive of ours: its arrays are no volumes."""
     return (folder / "archive.json").is_file() and (folder / "sources").is_dir()
@@ -323,7 +329,7 @@ def folder(top: Path, base: Path, src: str, kind: Kind | None) -> Iterator[Catal
     own = found[0].kind if found else kind or "slide"
     found += [broken(path.relative_to(base).as_posix(), path, own) for path in unknown]
     if not found and pictures and kind is None:
-        if any(is_stack(each) for each in pictures):
+        if any(is_numbered(each) for each in pictures):
             wrong = "its pictures are numbered, as slices of a volume are"
             raise UsageError(src, wrong, "say --as volume or --as images")
         yield plain(top.absolute().name, top.absolute(), "images")
