@@ -206,7 +206,7 @@ def test_what_is_no_mask_is_refused_in_one_line(roi, wrong):
 
 
 @given(
-    st.integers(0, 99), st.integers(1, 40), st.sampled_from([(1.0,), (1.0, 2.0, 8.0)]), st.sampled_from([64, 128, 97])
+    st.integers(0, 99), st.integers(1, 80), st.sampled_from([(1.0,), (1.0, 2.0, 8.0)]), st.sampled_from([64, 128, 97])
 )
 @settings(deadline=None, max_examples=60)
 def test_every_tile_of_a_list_is_planned_and_read_where_it_lies(seed, count, downsamples, span):
