@@ -102,9 +102,10 @@ def kill_and_resume(folder, start, finish, *, kills, rate, longest, write=write_
 
 
 @pytest.mark.slow
-def test_many_kills(tmp_path, start, finish):
-    progress = kill_and_resume(tmp_path, start, finish, kills=21, rate=60, longest=4)
-    assert progress >= 7, "the kills hit nothing; lengthen the runs"
+@pytest.mark.timeout(900)
+def test_fifty_kills(tmp_path, start, finish):
+    progress = kill_and_resume(tmp_path, start, finish, kills=50, rate=60, longest=4)
+    assert progress >= 16, "the kills hit nothing; lengthen the runs"
 
 
 @pytest.mark.slow
