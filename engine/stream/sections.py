@@ -19,6 +19,8 @@ from patchmill.types import VALID_GOOD, VALID_UNREADABLE, Shard, ShardResult, Vi
 
 __all__ = ["embed_sections", "planned_grid"]
 
+MOST_BOX = 256 << 20  # bytes of a box of voxels that can be had one by one: where their type is cast it is a copy
+
 
 def embed_sections(
     shard: Shard,
@@ -41,7 +43,8 @@ def embed_sections(
     valid = np.full(shard.rows, VALID_GOOD, np.uint8)
     read, covered = 0, 0.0
     with batcher.shard(shard.rows, label=shard.source) as opened:
-        for part in sections(plan, shard.start, shard.stop, view):
+        wholes = sections(plan, shard.start, shard.stop, view)
+        for part in (piece for whole in wholes for piece in pieces(whole, volume, plan, view)):
             read += chunks_in(part.box, grid.in_grid(volume.chunk), grid.shape)
             for rows, box, voxels in readable(volume, grid, plan, view, part, clock):
                 if voxels is None:
@@ -63,6 +66,17 @@ def embed_sections(
             batcher.wait(opened)
         vectors = opened.vectors
     return commit(shard, vectors, valid, store, provenance, clock, read=read, covered=covered)
+
+
+def pieces(part: Sections, volume: PatientVolume, plan: VolumePlan, view: View) -> Iterator[Sections]:
+    """Tiles that are cut out of one box, halved until no box is too large; those of chunks are bounded by the plan."""
+    size = math.prod(high - low for low, high in zip(*part.box, strict=True)) * volume.dtype.itemsize
+    if volume.chunk != (1, 1, 1) or size <= MOST_BOX or part.stop - part.start == 1:
+        yield part
+        return
+    middle = (part.start + part.stop) // 2
+    for start, stop in ((part.start, middle), (middle, part.stop)):
+        yield from pieces(Sections(start, stop, box_of(plan, plan.coords[start:stop], view)), volume, plan, view)
 
 
 def planned_grid(volume: PatientVolume, plan: VolumePlan, source: str) -> Grid:

@@ -122,3 +122,24 @@ def test_tiles_without_a_number_are_unreadable(tmp_path, nothing):
     assert np.isnan(vectors[valid == 2]).all()
     assert np.isfinite(vectors[valid == 1]).all()
     assert sum(result.unreadable for result in results) == len(lost)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile": 16}, {"planes": ("axial", "coronal", "sagittal")}])
+def test_boxes_are_bounded_whatever_the_size_of_a_slice(tmp_path, monkeypatch, settings):
+    voxels = noise(64, 48, 20)
+    volume, at_once, again = (ArrayVolume(voxels, affine_of("LPS", (1.0, 1.0, 1.0))) for _ in range(3))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    chosen = VolumeSettings(**{"tissue": "none", "planes": ("axial",)} | settings)
+    _, expected, _, _ = embedded(tmp_path / "a", volume, chosen, at_once, shard_rows=512)
+    assert max(map(bytes_in, at_once.reads)) > 4 * 64 * 48
+    monkeypatch.setattr("patchmill.stream.sections.MOST_BOX", 4 * 64 * 48)
+    plan, vectors, valid, results = embedded(tmp_path / "b", volume, chosen, again, shard_rows=512)
+    assert max(map(bytes_in, again.reads)) <= 4 * 64 * 48
+    assert (valid == 1).all()
+    assert np.array_equal(vectors, expected)
+    assert sum(result.shard.rows for result in results) == plan.rows
+
+
+def bytes_in(box):
+    return np.prod(np.subtract(box[1], box[0]))
