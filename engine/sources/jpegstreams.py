@@ -41,6 +41,9 @@ def segments(frame: bytes) -> Iterator[tuple[int, bytes, int]]:
     """Marker and body of each segment of a JPEG stream up to the first scan, and one past its end. Raises Damaged."""
     at = 2
     while at + 4 <= len(frame) and frame[at] == 0xFF:
+        if frame[at + 1] == 0xFF:  # any number of these may be before a marker
+            at += 1
+            continue
         end = at + 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
         if end < at + 4:
             raise Damaged("a segment has no length")

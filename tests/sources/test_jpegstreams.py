@@ -52,6 +52,14 @@ def test_a_picture_far_larger_than_its_stream_is_damaged():
         lossless_jpeg(bytes(stream), (8192, SIDES[1], 1))
 
 
+def test_bytes_that_fill_up_before_a_marker_are_passed_over():
+    pixels = noise(12, 1)
+    stream = encoded(pixels, 12)
+    for marker in (b"\xff\xc3", b"\xff\xda", b"\xff\xd9"):
+        found = lossless_jpeg(stream.replace(marker, b"\xff\xff\xff" + marker), (*SIDES, 1))
+        np.testing.assert_array_equal(found, pixels)
+
+
 def test_tables_that_are_none_are_damaged():
     stream = encoded(noise(12, 1), 12)
     table = stream.index(b"\xff\xc4") + 4
