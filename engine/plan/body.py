@@ -108,7 +108,8 @@ def looked_at(
             unknown[place], damage = True, error
             continue
         within = tuple(slice(start * each - at, None, each) for start, each, at in zip(first, step, low, strict=True))
-        values[place] = voxels_of_box[within].astype(np.float32) * volume.slope + volume.intercept
+        with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float32 is no number
+            values[place] = voxels_of_box[within].astype(np.float32) * volume.slope + volume.intercept
     return values, unknown, damage
 
 

@@ -251,6 +251,15 @@ def test_windows_are_linear_and_clip():
         greys_of(volume, plan, BYTES, "v")
 
 
+@pytest.mark.parametrize(("slope", "intercept"), [(1e35, 0.0), (1.0, 1e35)])
+def test_values_beyond_single_precision_are_refused(slope, intercept):
+    values = np.arange(4096, dtype=np.int16).reshape(16, 16, 16)
+    volume = ArrayVolume(values, affine_of("RAS", (1.0, 1.0, 2.0)), slope=slope, intercept=intercept)
+    plan = plan_volume(volume, VolumeSettings(tissue="none"), "v")
+    with pytest.raises(SourceError, match=r"lead too far out of the window; give another window"):
+        greys_of(volume, plan, View(pixels=16, intensity=Intensity(windows=((0.0, 1e-10),))), "v")
+
+
 def test_hounsfield_units_are_cut_as_they_are_with_air_around():
     values = np.arange(-2048, 2048, dtype=np.int16).reshape(16, 16, 16)
     volume = ArrayVolume(values, affine_of("RAS", (1.0, 1.0, 2.0)), units="HU", slope=2.0, intercept=-100.0)

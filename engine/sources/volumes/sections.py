@@ -98,4 +98,9 @@ def greys_of(volume: Volume, plan: VolumePlan, view: View, source: str) -> Greys
             raise SourceError(source, wrong, "give a window: --window LOW,HIGH")
     per_value = 255 / (windows[:, 1] - windows[:, 0])
     offset = (volume.intercept - windows[:, 0]) * per_value
-    return (volume.slope * per_value).astype(np.float32), offset.astype(np.float32)
+    with np.errstate(over="ignore"):
+        greys = (volume.slope * per_value).astype(np.float32), offset.astype(np.float32)
+    if not np.isfinite(greys).all():
+        wrong = f"its slope {volume.slope:g} and intercept {volume.intercept:g} lead too far out of the window"
+        raise SourceError(source, wrong, "give another window: --window LOW,HIGH")
+    return greys
