@@ -244,6 +244,24 @@ def test_a_damaged_tile_is_unreadable_and_its_neighbours_are_not(tmp_path, codec
             slide.read(0, w + 5, 5, 20, 20)
 
 
+def test_jpeg_2000_that_lacks_a_part_is_unreadable(tmp_path):
+    """OpenJPEG leaves black what is not there."""
+    file = io.BytesIO()
+    Image.fromarray(picture(240, 240)).save(file, "JPEG2000", tile_size=(128, 128), irreversible=False, no_jp2=True)
+    whole = file.getvalue()
+    last = whole.rindex(b"\xff\x90\0\x0a")
+    description = APERIO.format(w=480, h=240)
+    with tifffile.TiffWriter(tmp_path / "a.svs") as writer:
+        parts = iter([whole, whole[:last] + b"\xff\xd9"])
+        size = {"shape": (240, 480, 3), "dtype": np.uint8, "tile": (240, 240)}
+        writer.write(parts, **size, compression=33005, photometric="rgb", description=description, metadata=None)
+    slide = TiffSlide(ref(tmp_path / "a.svs"))
+    cells = np.array([[0, 0], [1, 0]], np.int32)
+    out = [np.empty((240, 240, 3), np.uint8) for _ in cells]
+    assert slide.decode(0, cells, slide.fetch(0, cells), out).tolist() == [True, False]
+    np.testing.assert_array_equal(out[0], picture(240, 240))
+
+
 def test_a_file_that_is_cut_while_it_is_open_fails_as_a_whole(tmp_path):
     path = write(tmp_path / "a.tiff")
     slide = TiffSlide(ref(path))

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 
 from patchmill.errors import SourceError
 from patchmill.sources.files import check_readable, failure
+from patchmill.sources.jpegstreams import CODESTREAM, check_jpeg_2000
 from patchmill.sources.ome import SYMBOLS
 from patchmill.sources.refused import Unsupported
 from patchmill.sources.slides.cells import read_cells, whiten_outside
@@ -35,7 +36,8 @@ tifffile.logger().setLevel(logging.CRITICAL)  # what is wrong with a file is tol
 
 VENDORS = frozenset({"aperio", "generic-tiff"})  # whose tiles lie on a plain grid; Ventana's overlap, others have holes
 JPEG, RGB, YCBCR = 7, 2, 6  # values of tags
-TILED_CODECS = frozenset({1, 5, 8, 32946, 33005, 34712})  # none, LZW, Deflate (two numbers), JPEG 2000 (two)
+JPEG_2000 = frozenset({33005, 34712})
+TILED_CODECS = frozenset({1, 5, 8, 32946}) | JPEG_2000  # none, LZW, Deflate (two numbers)
 MOST_SIDE = 2048  # pixels of a tile: a few must fit into the memory of every task
 MOST_ENCODED = 64 << 20  # bytes of a tile; more is a damaged directory
 GAP = 16 << 10  # bytes between two tiles that are read over rather than asked for twice
@@ -292,11 +294,14 @@ def decode_jpeg(data: bytes, out: UInt8[np.ndarray, "h w 3"], shrink: int, *, le
 
 def other_decoder(page: Any) -> Decode:
     """Decodes with tifffile's own choice of codec, predictor and byte order."""
-    codec = page.decode
+    codec, layered = page.decode, page.compression in JPEG_2000
 
     def decode(data: memoryview, number: int, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:
         try:
-            pixels, _, _ = codec(bytes(data), number, _fullsize=True)
+            encoded = bytes(data)
+            if layered:
+                check_jpeg_2000(encoded[encoded.index(CODESTREAM) :], out.shape)
+            pixels, _, _ = codec(encoded, number, _fullsize=True)
             out[:] = pixels.reshape(out.shape)
         except Exception:  # noqa: BLE001 - every codec has errors of its own; all of them say that the tile is damaged
             return False
