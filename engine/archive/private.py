@@ -121,7 +121,8 @@ def _reading(folder: Path) -> Iterator[sqlite3.Connection | None]:
     if not (folder / DATABASE).exists():
         yield None
         return
-    with _database(), closing(sqlite3.connect(f"{(folder / DATABASE).as_uri()}?mode=ro", uri=True)) as database:
+    mode = "rw" if os.access(folder, os.W_OK) else "ro"  # SQLite takes back what a kill left half written
+    with _database(), closing(sqlite3.connect(f"{(folder / DATABASE).as_uri()}?mode={mode}", uri=True)) as database:
         known = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'sources'").fetchone()[0]
         yield database if known else None
 

@@ -167,6 +167,24 @@ def test_registering_is_all_or_nothing(tmp_path):
     assert archive.refs() == []
 
 
+def test_a_registration_that_was_killed_half_way_is_taken_back_by_whoever_reads(tmp_path):
+    archive = Archive.create_or_open(tmp_path / "archive")
+    source = archive.source_id("known.svs")
+    archive.register([SourceEntry(id=source, name="known.svs", path="/known.svs")])
+    killed = f"""
+import os, sqlite3
+database = sqlite3.connect({str(archive.private / "private.sqlite")!r})
+database.execute("PRAGMA cache_size = 1")  # pages go to the file before the end
+database.execute("BEGIN")
+for number in range(2000):
+    database.execute("INSERT INTO sources VALUES (?, 'n', 'p', NULL, NULL, NULL, '{{}}')", (str(number),))
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", killed], check=False)
+    assert (archive.private / "private.sqlite-journal").stat().st_size > 0
+    assert [ref.id for ref in archive.refs()] == [source]
+
+
 def test_a_damaged_list_of_sources_is_one_clear_line(tmp_path):
     archive = Archive.create_or_open(tmp_path / "A")
     (archive.private / "private.sqlite").write_bytes(b"no database at all" * 100)
