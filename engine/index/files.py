@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,24 +52,35 @@ def write_index(disk: Disk, folder: Path, vectors: faiss.Index, manifest: Manife
     """
     sweep(disk, folder, deep=False)
     temporary = folder / f"vectors{PARTIAL}"
-    disk.write(temporary, b"")
-    sha256 = hashlib.sha256()
-    with temporary.open("ab") as file:
-
-        def keep(piece: bytes) -> int:  # FAISS hands over at most 1 MiB at a time: nothing is held twice
-            sha256.update(piece)
-            return file.write(piece)
-
-        faiss.write_index(vectors, faiss.PyCallbackIOWriter(keep))  # type: ignore[attr-defined]  # FAISS's stub lacks it
-    disk.sync(temporary)
-    manifest = replace(manifest, file=f"vectors-{sha256.hexdigest()[:12]}.faiss", sha256=sha256.hexdigest())
-    disk.rename(temporary, folder / manifest.file)
+    try:
+        disk.write(temporary, b"")
+        found = _write_vectors(temporary, vectors)
+        disk.sync(temporary)
+        manifest = replace(manifest, file=f"vectors-{found[:12]}.faiss", sha256=found)
+        disk.rename(temporary, folder / manifest.file)
+    except OSError:
+        with suppress(OSError):  # a full disk is not left full of it; the first error is the one to tell
+            disk.unlink(temporary)
+        raise
     disk.sync(folder)
     put(disk, folder / MANIFEST, dump_manifest(manifest))
     for old in sorted(folder.glob("vectors-*.faiss")):
         if old.name != manifest.file:
             disk.unlink(old)
     return manifest
+
+
+def _write_vectors(path: Path, vectors: faiss.Index) -> str:
+    """Append a FAISS index to a file; its sha256, in hex. Raises OSError."""
+    sha256 = hashlib.sha256()
+    with path.open("ab") as file:
+
+        def keep(piece: bytes) -> int:  # FAISS hands over at most 1 MiB at a time: nothing is held twice
+            sha256.update(piece)
+            return file.write(piece)
+
+        faiss.write_index(vectors, faiss.PyCallbackIOWriter(keep))  # type: ignore[attr-defined]  # FAISS's stub lacks it
+    return sha256.hexdigest()
 
 
 def read_manifest(folder: Path, name: str) -> Manifest | None:

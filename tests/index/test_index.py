@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from patchmill.archive import Archive, Disk
-from patchmill.errors import ArchiveError, PatchmillError, UsageError
+from patchmill.errors import ArchiveError, NoSpaceError, PatchmillError, UsageError
 from patchmill.index import build_index, choose, good_vectors, open_index
 from patchmill.testing.archives import spec_of
 from patchmill.types import PlanSettings
@@ -342,6 +342,20 @@ def test_a_build_that_ends_at_any_call_leaves_an_index_that_serves(fill, calls, 
     build_index(fill.archive)
     files = sorted(path.suffix for path in (fill.archive.path / "index" / "default").iterdir())
     assert (open_index(fill.archive).manifest.count, files) == (40, [".faiss", ".json"])
+
+
+def test_a_full_disk_is_not_left_full_of_half_an_index(fill, monkeypatch):
+    fill.add("a", 20)
+    before = build_index(fill.archive)
+
+    def full(vectors, writer):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("patchmill.index.files.faiss.write_index", full)
+    with pytest.raises(NoSpaceError):
+        build_index(fill.archive)
+    assert list((fill.archive.path / "index" / "default").glob("*.partial")) == []
+    assert open_index(fill.archive).manifest.count == before.vectors
 
 
 def test_nothing_is_named_before_it_is_durable(calls):
