@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from patchmill import cluster
 from patchmill.api.choosing import boxed, encode_for, settings_for
 from patchmill.api.planning import listed, with_rois
 from patchmill.archive import Archive, SourceEntry
-from patchmill.cluster import Doors, Event, RunReport, RunSettings
+from patchmill.cluster import Doors, Event, RunReport, RunSettings, has_changed
 from patchmill.encoders import advice
-from patchmill.errors import NoSpaceError, UsageError
-from patchmill.sources import CatalogEntry, find_sources
+from patchmill.errors import NoSpaceError, SourceError, UsageError
+from patchmill.sources import CatalogEntry, Patience, find_sources
 from patchmill.types import EncodeSettings, Fit, Kind, Settings, SourceRef, VolumeSettings
 
 __all__ = ["embed"]
@@ -74,6 +74,7 @@ def embed(
     with _full_at(archive):
         target = Archive.create_or_open(Path(archive))
         registered = [_entry(target, entry, mpp_override) for entry in entries]
+        _check_names(target, registered, how.read_timeout)
         target.register(registered)
         known = {ref.id: ref for ref in target.refs()}
         refs = tuple(
@@ -91,6 +92,22 @@ def embed(
         if found is not None:
             found(refs)
         return cluster.run(target, refs, settings, encode, how, watch or (lambda event: None), doors)
+
+
+def _check_names(archive: Archive, entries: Iterable[SourceEntry], read_timeout: float) -> None:
+    """Raises UsageError where a name is that of a stored source from another place, and the content is another one.
+
+    A file that has moved is the same source; one that cannot be read now is left to the run.
+    """
+    known = {ref.id: ref.path for ref in archive.refs()}
+    for entry in entries:
+        before, store = known.get(entry.id, entry.path), archive.source(entry.id)
+        if before == entry.path or store.fingerprint() is None:
+            continue
+        with suppress(SourceError), Patience(entry.id, read_timeout) as patience:
+            if has_changed(store, SourceRef(id=entry.id, path=entry.path), patience):
+                wrong = f"the archive holds another source of this name, from {before}; this is {entry.path}"
+                raise UsageError(entry.name, wrong, "name their common folder, or give ids in a catalog")
 
 
 @contextmanager

@@ -59,6 +59,11 @@ class SourceStore:
             raise ArchiveError(self.id, "nothing is stored", "run `patchmill embed` first")
         return attributes
 
+    def fingerprint(self) -> str | None:
+        """That of the content which was planned; None where nothing is stored, or its record is damaged."""
+        known = self._root()
+        return None if known is None else str(known["fingerprint"])
+
     def has_plan(self, key: str) -> bool:
         """Whether the plan is whole: committed, its files there with the right size, the store's attributes sound."""
         commit = self._if_sound(plan_commit_file(key), lambda: load_plan_commit(self.folder, self.id, key))

@@ -3,6 +3,6 @@
 from patchmill.cluster.driver import Event
 from patchmill.cluster.report import RunReport, SourceOutcome
 from patchmill.cluster.run import RunSettings, check, run
-from patchmill.cluster.tasks import Doors
+from patchmill.cluster.tasks import Doors, has_changed
 
-__all__ = ["Doors", "Event", "RunReport", "RunSettings", "SourceOutcome", "check", "run"]
+__all__ = ["Doors", "Event", "RunReport", "RunSettings", "SourceOutcome", "check", "has_changed", "run"]

@@ -184,8 +184,8 @@ def _planned_before(store: SourceStore, job: Job, ref: SourceRef, patience: Pati
 
 def has_changed(store: SourceStore, ref: SourceRef, patience: Patience) -> bool:
     """Whether a source's content is not that which was planned. Raises SourceError where it cannot be read."""
-    known = str(store.info()["fingerprint"])
-    return _fingerprint(ref, known.startswith("full"), patience) != known
+    known = store.fingerprint()
+    return known is None or _fingerprint(ref, known.startswith("full"), patience) != known
 
 
 def _fingerprint(ref: SourceRef, full: bool, patience: Patience) -> str:
@@ -193,7 +193,9 @@ def _fingerprint(ref: SourceRef, full: bool, patience: Patience) -> str:
 
 
 def _plan_now(store: SourceStore, job: Job, ref: SourceRef, patience: Patience) -> Plan:
-    fingerprint = _fingerprint(ref, job.full_hash, patience)
+    known = store.fingerprint()  # of an earlier plan: only fingerprints of one sort can be compared
+    full = job.full_hash if known is None else known.startswith("full")
+    fingerprint = _fingerprint(ref, full, patience)
     roi = patience.run(plan.read_roi, ref) if ref.roi is not None else None
     opened = _open(job, ref, patience)
     try:
@@ -230,6 +232,9 @@ def embed(job: Job, ref: SourceRef, shard: Shard) -> ShardResult:
         other = ", ".join(f"{part} {each}" for part, each in provenance.items() if job.device.get(part) != each)
         wrong = f"a worker runs it elsewhere than where it passed the gate ({other})"
         raise EncoderError(job.encode.encoder, wrong, "use devices of one kind, with CUDA_VISIBLE_DEVICES")
+    if batcher.encoder != shard.encoder:  # a worker that began later has read the weights anew
+        wrong = "a worker opened another encoder than the one that passed the gate: its weights have changed since"
+        raise EncoderError(job.encode.encoder, wrong, "leave its files alone while it runs, and run again")
     with opened(Path(job.run), ref.id, str(shard.start)), sources.Patience(ref.id, job.read_timeout) as patience:
         store = Archive.open(job.archive).source(ref.id)
         if store.acknowledged(shard):  # by a task whose answer was lost with its worker

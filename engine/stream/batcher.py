@@ -145,6 +145,11 @@ class Batcher:
         return self._encoder.spec.view
 
     @property
+    def encoder(self) -> str:
+        """The key of the encoder that makes the vectors."""
+        return self._encoder.spec.key
+
+    @property
     def failed(self) -> bool:
         """Whether the encoder has stopped with an error."""
         return self._failure is not None

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from patchmill.cluster import tasks
 from patchmill.errors import EncoderError, UsageError
 from patchmill.testing.encoders import NullEncoder, null_doors
 from patchmill.testing.slides import FormulaSlide, write_formula, write_pyramid
+from patchmill.types import Shard
 
 
 def run(archive, *sources, tile=64, workers=0, new_plan=False, shard_rows=16, settings=None, **plan):
@@ -338,3 +340,43 @@ def test_a_worker_on_another_device_than_the_gates_embeds_nothing(tmp_path, monk
     )
     with pytest.raises(EncoderError, match=r"elsewhere than where it passed the gate \(device GPU B\)"):
         tasks.embed(job, None, None)
+
+
+def test_a_worker_with_other_weights_than_the_gates_embeds_nothing(tmp_path, monkeypatch):
+    batcher = SimpleNamespace(encoder="b" * 16)
+    monkeypatch.setattr(tasks, "_progress", lambda: None)
+    monkeypatch.setattr(tasks.stream, "batcher_for", lambda *given: (batcher, {"runtime": "null"}))
+    encode = EncodeSettings(encoder="null", precision="fp32")
+    job = tasks.Job(
+        archive=str(tmp_path), run=str(tmp_path), plan=PlanSettings(), encode=encode, device={"runtime": "null"}
+    )
+    shard = Shard(source="s", plan="p", encoder="a" * 16, start=0, stop=16)
+    with pytest.raises(EncoderError, match="its weights have changed"):
+        tasks.embed(job, None, shard)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_second_plan_may_ask_for_the_other_kind_of_fingerprint(tmp_path, first):
+    (slide,) = slides(tmp_path, a={})
+    run(tmp_path / "archive", slide, settings={"full_hash": first})
+    report = run(tmp_path / "archive", slide, tile=128, new_plan=True, settings={"full_hash": not first})
+    assert [outcome.outcome for outcome in report.outcomes] == ["complete"]
+    write_formula(slide, width=640, height=640, seed=9)
+    report = run(tmp_path / "archive", slide, tile=96, new_plan=True, settings={"full_hash": not first})
+    assert "content has changed" in report.outcomes[0].wrong
+
+
+def test_a_name_that_another_slide_has_is_refused_and_a_slide_that_moved_is_not(tmp_path):
+    for folder, seed in (("here", 1), ("there", 2)):
+        (tmp_path / folder).mkdir()
+        write_formula(tmp_path / folder / "s.json", width=640, height=640, seed=seed)
+    here, there, moved = (tmp_path / folder / "s.json" for folder in ("here", "there", "moved"))
+    run(tmp_path / "archive", here)
+    with pytest.raises(UsageError, match=r"holds another source of this name, from .*here/s\.json; this is .*there"):
+        run(tmp_path / "archive", there)
+    assert Archive.open(tmp_path / "archive").lookup("s.json").path == str(here)
+    moved.parent.mkdir()
+    here.rename(moved)
+    report = run(tmp_path / "archive", moved)
+    assert [(outcome.outcome, outcome.skipped) for outcome in report.outcomes] == [("complete", True)]
+    assert Archive.open(tmp_path / "archive").lookup("s.json").path == str(moved)
