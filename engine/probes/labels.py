@@ -18,7 +18,7 @@ class Label:
     """One line of the CSV: the label of a tile, or of a source with all its tiles."""
 
     source: str  # source id
-    origin: str  # what is of one piece: the source, but of an image set the image, since nobody says whose they are
+    origin: str  # what is of one piece: the patient, where the archive knows none the source, but of a set the image
     row: int | None  # row of the source's plan; None: the whole source
     label: str
     split: str | None  # train or test
@@ -56,7 +56,7 @@ def read_labels(path: Path, archive: Archive, choice: Choice) -> tuple[Label, ..
             what = "this source" if row is None else f"tile {row} of this source"
             raise UsageError(where, f"{what} is labelled in line {seen[ref.id, row]} already", "keep one of them")
         seen[ref.id, row] = number
-        origin = f"{ref.id}/{row}" if "image" in columns else ref.id
+        origin = f"{ref.id}/{row}" if "image" in columns else ref.subject or ref.id
         labels.append(
             Label(
                 source=ref.id,

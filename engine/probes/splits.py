@@ -43,13 +43,20 @@ def make_split(split: Sequence[str | None], group: Sequence[str], origin: Sequen
             if not part.any():
                 raise UsageError("--labels", f"the split has no tile to {side} with", f"mark some as {side}")
         both = np.intersect1d(member[train], member[test])
+        pieces = np.array(origin)
+        shared = np.intersect1d(pieces[train], pieces[test])
         # No tile is in train and in test, so the folds need only tell the two apart.
         return Split(
             rule="train and test as given",
             train=train,
             test=test,
             fold=test.astype(np.int64),
-            notes=_leaks(len(both), "group is in train and in test", "groups are in train and in test"),
+            notes=_leaks(len(both), "group is in train and in test", "groups are in train and in test")
+            or _leaks(
+                len(shared),
+                "source or patient is in train and in test, by groups of its own",
+                "sources or patients are in train and in test, by groups of their own",
+            ),
         )
     if len(names) > 1:
         spread = _spread(member, origin)
@@ -58,7 +65,7 @@ def make_split(split: Sequence[str | None], group: Sequence[str], origin: Sequen
             train=everywhere,
             test=everywhere,
             fold=member.astype(np.int64),
-            notes=_leaks(spread, "", "groups hold tiles of one and the same source"),
+            notes=_leaks(spread, "", "groups hold tiles of one and the same source or patient"),
         )
     return Split(
         rule="leave one tile out",
@@ -80,5 +87,5 @@ def _spread(member: Int64[np.ndarray, " n"], origin: Sequence[str]) -> int:
     return len(set().union(*(numbers for numbers in groups.values() if len(numbers) > 1)))
 
 
-def _leaks(groups: int, one: str, several: str) -> tuple[str, ...]:
-    return (f"{many(groups, one, several)}: neighbours leak and the figures are too good",) if groups else ()
+def _leaks(count: int, one: str, several: str) -> tuple[str, ...]:
+    return (f"{many(count, one, several)}: neighbours leak and the figures are too good",) if count else ()

@@ -122,6 +122,8 @@ def test_duplicates_across_groups_leak_and_groups_by_patient_cure_it(slides):
     leak = [sum(line[c] for c, line in enumerate(r.results[0].tiles.confusion)) / 120 for r in (by_slide, by_patient)]
     assert leak[0] > 0.75  # the 80 doubles are all right, whatever the encoder
     assert leak[1] < 0.65
+    assert by_slide.notes[0].startswith("2 groups hold tiles of one and the same source or patient")
+    assert by_patient.notes == ()
 
 
 def test_one_group_says_that_neighbours_leak(slides):
