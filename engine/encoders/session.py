@@ -31,6 +31,7 @@ __all__ = [
     "RUNTIME_ERRORS",
     "CpuEncoder",
     "available_cores",
+    "cpu_instructions",
     "cpu_model",
     "demand_tiles",
     "demand_vectors",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 PROVIDER = "CPUExecutionProvider"
+VECTORS = re.compile(r"avx\w*|amx\w*|fma|f16c|sse\w*|ssse3|asimd\w*|sve\w*|i8mm|bf16")  # by which kernels are chosen
 BATCH = 16  # tiles; more make no difference on a CPU
 # ONNX Runtime's exceptions have no base of their own.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
@@ -79,6 +81,7 @@ class CpuEncoder:
             "runtime": f"onnxruntime {onnxruntime.__version__}",
             "provider": PROVIDER,
             "device": cpu_model(),
+            "instructions": cpu_instructions(),
             "threads": str(self._threads),
             "numpy": np.__version__,
             "patchmill": code_digest(),
@@ -195,9 +198,18 @@ def available_cores() -> int:
 
 def cpu_model() -> str:
     """The CPU's model name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def cpu_instructions() -> str:
+    """The CPU's instructions for vectors, sorted: a virtual machine may hide some behind the same model's name."""
+    flags = (line.partition(":")[2].split() for line in _cpu_lines() if line.startswith(("flags", "Features")))
+    return " ".join(sorted(flag for flag in next(flags, []) if VECTORS.fullmatch(flag)))
+
+
+def _cpu_lines() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
