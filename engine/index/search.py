@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from patchmill.archive import Archive, index_folder
-from patchmill.errors import UsageError
+from patchmill.errors import ArchiveError, UsageError
 from patchmill.index.files import check_name, read_manifest, read_vectors
 from patchmill.index.manifest import Manifest, damaged
 from patchmill.index.vectors import unit
@@ -110,6 +110,16 @@ def open_index(archive: Archive, name: str = "default") -> Index:
     manifest = read_manifest(folder, name)
     if manifest is None:
         raise UsageError(f"index {name}", "there is no such index", "run patchmill index first")
+    try:
+        return _opened(archive, name, manifest)
+    except ArchiveError:
+        if read_manifest(folder, name) == manifest:
+            raise
+    return open_index(archive, name)  # it was built anew in the meantime
+
+
+def _opened(archive: Archive, name: str, manifest: Manifest) -> Index:
+    """The index of a manifest. Raises ArchiveError as `open_index` does."""
     for entry in manifest.sources:
         if entry.digest is not None:
             now = archive.source(entry.source).completion(manifest.plan, manifest.encoder)
@@ -122,4 +132,4 @@ def open_index(archive: Archive, name: str = "default") -> Index:
         for id in archive.source_ids()
         if id not in known
     )
-    return Index(name, manifest, read_vectors(folder, manifest, name), unindexed)
+    return Index(name, manifest, read_vectors(index_folder(archive.path, name), manifest, name), unindexed)

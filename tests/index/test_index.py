@@ -8,7 +8,7 @@ import pytest
 
 from patchmill.archive import Archive, Disk
 from patchmill.errors import ArchiveError, NoSpaceError, PatchmillError, UsageError
-from patchmill.index import build_index, choose, good_vectors, open_index
+from patchmill.index import build_index, choose, good_vectors, open_index, search
 from patchmill.testing.archives import spec_of
 from patchmill.types import PlanSettings
 
@@ -264,6 +264,21 @@ def test_two_builders_do_not_meet(fill):
             build_index(fill.archive)
 
     build_index(fill.archive, progress=second)
+
+
+def test_an_index_that_is_built_anew_while_it_is_opened_is_no_damage(fill, monkeypatch):
+    fill.add("a", 5)
+    build_index(fill.archive)
+    fill.add("b", 6)
+    real = search.read_vectors
+
+    def read(folder, manifest, name):
+        monkeypatch.undo()
+        build_index(fill.archive)  # takes the file away that the manifest names
+        return real(folder, manifest, name)
+
+    monkeypatch.setattr(search, "read_vectors", read)
+    assert open_index(fill.archive).manifest.count == 11
 
 
 def test_files_are_private_and_name_nobody(fill):
