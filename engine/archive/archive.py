@@ -132,7 +132,10 @@ class Archive:
         return keyed_hash(self.site_key, "subject", patient)
 
     def register(self, entries: Iterable[SourceEntry]) -> None:
-        """Remember who sources are, durably, in the private folder; an entry with a known id replaces the old one."""
+        """Remember who sources are, durably, in the private folder.
+
+        An entry with a known id replaces the old one, but for patient and labels where it has none.
+        """
         register(self.private, self.site_key, entries)
 
     def refs(self) -> list[SourceRef]:

@@ -26,6 +26,13 @@ CREATE TABLE IF NOT EXISTS sources (
     patient TEXT, subject TEXT, labels TEXT NOT NULL
 )
 """
+# Whoever names a folder after a catalog says nothing of patients: they are not forgotten, or splits would leak.
+REGISTER = """
+INSERT INTO sources VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
+    name = excluded.name, path = excluded.path, mpp = excluded.mpp,
+    patient = coalesce(excluded.patient, patient), subject = coalesce(excluded.subject, subject),
+    labels = CASE excluded.labels WHEN '{}' THEN labels ELSE excluded.labels END
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +53,7 @@ def keyed_hash(key: bytes, kind: str, text: str) -> str:
 
 
 def register(folder: Path, key: bytes, entries: Iterable[SourceEntry]) -> None:
-    """Insert or update sources, durably, all or none. Raises ArchiveError if the database cannot be written."""
+    """Insert or update sources, durably, all or none; a patient or labels stay where an entry has none. Raises ArchiveError if the database cannot be written."""
     rows = [
         (
             entry.id,
@@ -66,7 +73,7 @@ def register(folder: Path, key: bytes, entries: Iterable[SourceEntry]) -> None:
             database.execute("PRAGMA synchronous = EXTRA")  # the folder is synced as well
             with database:
                 database.execute(SCHEMA)
-                database.executemany("INSERT OR REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+                database.executemany(REGISTER, rows)
 
 
 def refs(folder: Path) -> list[SourceRef]:

@@ -167,6 +167,18 @@ def test_registering_is_all_or_nothing(tmp_path):
     assert archive.refs() == []
 
 
+def test_a_patient_is_not_forgotten_where_a_later_entry_names_none(tmp_path):
+    archive = Archive.create_or_open(tmp_path / "archive")
+    archive.register([SourceEntry(id="a" * 32, name="s", path="/old", patient="one", labels={"stain": "HE"})])
+    archive.register([SourceEntry(id="a" * 32, name="s", path="/new")])
+    assert archive.ref("a" * 32).path == "/new"
+    assert archive.ref("a" * 32).subject == archive.subject_id("one")
+    assert archive.labels("a" * 32) == {"stain": "HE"}
+    archive.register([SourceEntry(id="a" * 32, name="s", path="/new", patient="two", labels={"stain": "IHC"})])
+    assert archive.ref("a" * 32).subject == archive.subject_id("two")
+    assert archive.labels("a" * 32) == {"stain": "IHC"}
+
+
 def test_a_registration_that_was_killed_half_way_is_taken_back_by_whoever_reads(tmp_path):
     archive = Archive.create_or_open(tmp_path / "archive")
     source = archive.source_id("known.svs")
