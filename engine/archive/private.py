@@ -53,7 +53,10 @@ def keyed_hash(key: bytes, kind: str, text: str) -> str:
 
 
 def register(folder: Path, key: bytes, entries: Iterable[SourceEntry]) -> None:
-    """Insert or update sources, durably, all or none; a patient or labels stay where an entry has none. Raises ArchiveError if the database cannot be written."""
+    """Insert or update sources, durably, all or none; a patient or labels stay where an entry has none.
+
+    Raises ArchiveError if the database cannot be written.
+    """
     rows = [
         (
             entry.id,

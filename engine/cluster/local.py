@@ -113,6 +113,7 @@ def local_cluster(workers: int, threads: int, lock: Path, gpus: int = 0) -> Iter
     Every socket listens on 127.0.0.1. gpus: to be shared out among the processes. lock: the file whose
     shared lock tells that a worker is alive.
     """
+    _wait_for_workers_of_a_dead_run(lock)
     with dask.config.set(_CONFIG):
         if workers == 0:
             cluster: SpecCluster = LocalCluster(
@@ -127,7 +128,6 @@ def local_cluster(workers: int, threads: int, lock: Path, gpus: int = 0) -> Iter
                 silence_logs=50,
             )
         else:
-            _wait_for_workers_of_a_dead_run(lock)
             options = {
                 "host": _LOOPBACK,
                 "nthreads": threads,

@@ -69,8 +69,8 @@ def build_index(
     plan, encoder, output: which embeddings, where the archive holds several kinds (see `choose`). progress: called
     with the number of sources done and of all. Only complete sources are taken, and of them only rows that are good.
     Inner product of unit vectors (FAISS `IndexIDMap2` over `IndexFlatIP`), ids `ordinal << 32 | row`. Memory: the
-    index itself, 4 bytes times width per vector, and one source. Raises UsageError (name, choice, another builder),
-    ArchiveError and TransientError (disk).
+    index itself, 4 bytes times width per vector, twice that while it grows, and one source. Raises UsageError (name,
+    choice, another builder), ArchiveError and TransientError (disk).
     """
     check_name(name)
     choice = choose(archive, plan=plan, encoder=encoder, output=output)

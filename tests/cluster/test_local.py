@@ -1,9 +1,13 @@
 """Each worker sees a GPU of its own, and has its part of the memory."""
 
+import fcntl
+from functools import partial
+
 import pytest
 
 from patchmill.cluster import local
 from patchmill.cluster.local import gpu_env, local_cluster
+from patchmill.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -30,3 +34,13 @@ def test_workers_share_what_the_container_may_have(tmp_path, monkeypatch):
         client.wait_for_workers(2)
         limits = [worker["memory_limit"] for worker in client.scheduler_info()["workers"].values()]
     assert limits == [1 << 30, 1 << 30]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_is_started_beside_a_worker_of_a_dead_run(tmp_path, monkeypatch, workers):
+    wait = partial(local._wait_for_workers_of_a_dead_run, seconds=0.2)
+    monkeypatch.setattr(local, "_wait_for_workers_of_a_dead_run", wait)
+    with (tmp_path / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        with pytest.raises(UsageError, match="still hold"), local_cluster(workers, 1, tmp_path / "lock"):
+            pass
