@@ -97,7 +97,7 @@ def test_groups_on_both_sides_are_told():
     assert split.notes[0].startswith("1 group is in train and in test")
     assert make_split(["train", "test"], ["a", "b"], ["s", "t"]).notes == ()
     by_groups = make_split(["train", "test", "test"], ["a", "b", "c"], ["s", "s", "t"])
-    assert by_groups.notes[0].startswith("1 sources or patients are in train and in test, by groups of their own")
+    assert by_groups.notes[0].startswith("1 source or patient is in train and in test, by groups of its own")
 
 
 def test_groups_that_share_a_source_are_told():
