@@ -11,6 +11,7 @@ import tifffile
 from PIL import Image
 
 from patchmill.errors import SourceError
+from patchmill.plan.overview import read_overview
 from patchmill.sources import OpenSlideSlide, TiffSlide, open_slide
 from patchmill.sources.refused import Unsupported
 from patchmill.sources.slides.tiff import decode_jpeg
@@ -132,6 +133,92 @@ def test_levels_of_our_own_pyramids_equal_openslide(tmp_path):
         assert_equal_to_openslide(tmp_path / "a.tiff")
 
 
+PART = (
+    "<DataObject ObjectType='PixelDataRepresentation'>"
+    "<Attribute Name='DICOM_PIXEL_SPACING'>{0}</Attribute></DataObject>"
+)
+PHILIPS = (
+    "<?xml version='1.0' ?><DataObject ObjectType='DPUfsImport'><Attribute Name='PIM_DP_SCANNED_IMAGES'><Array>"
+    "<DataObject ObjectType='DPScannedImage'><Attribute Name='PIM_DP_IMAGE_TYPE'>WSI</Attribute>"
+    "<Attribute Name='DICOM_PIXEL_SPACING'>{spacing}</Attribute>"
+    "<Attribute Name='PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE'>"
+    "<Array>{parts}</Array></Attribute></DataObject></Array></Attribute></DataObject>"
+)
+
+
+def write_philips(path, size=(1536, 1280), factors=(1, 2, 4, 8), holes=((0, 4, 11), (1,), (), ()), **options):
+    """A Philips slide: padded directories, a label in strips; holes: which tiles of each level are left out."""
+    spacings = ['"{0}" "{0}"'.format(0.00025 * factor) for factor in factors]
+    text = PHILIPS.format(spacing=spacings[0], parts="".join(PART.format(each) for each in spacings))
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for number, factor in enumerate(factors):
+            h, w = (-(-side // factor // 256) * 256 if number else side for side in size)
+            file.write(
+                picture(h, w, number),
+                tile=(256, 256),
+                photometric="rgb",
+                compression=options.get("compression", "jpeg"),
+                subsampling=options.get("subsampling"),
+                subfiletype=int(number > 0),
+                description=text if number == 0 else None,
+                software="Philips DP v1.0",
+                metadata=None,
+            )
+        file.write(picture(64, 90), description="Label", software=False, metadata=None)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for page, left_out in zip(file.pages, holes, strict=False):
+            for name in ("TileOffsets", "TileByteCounts") if left_out else ():
+                tag = page.tags[name]
+                tag.overwrite([0 if n in left_out else value for n, value in enumerate(tag.value)])
+    return path
+
+
+@pytest.mark.parametrize("subsampling", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("size", [(1536, 1280), (1500, 1100)])
+def test_philips_equals_openslide(tmp_path, size, subsampling):
+    """Holes and the padding beyond a level are white, in every rectangle; whole blocks can be shrunk."""
+    path = write_philips(tmp_path / "a.tiff", size, subsampling=subsampling)
+    ours, theirs = TiffSlide(ref(path)), OpenSlideSlide(ref(path))
+    assert ours.metadata["vendor"] == "philips"
+    assert (ours.mpp, ours.metadata) == (theirs.mpp, theirs.metadata)
+    rng = np.random.default_rng(0)
+    for number, (level, other) in enumerate(zip(ours.levels, theirs.levels, strict=True)):
+        assert (level.width, level.height, level.downsample) == (other.width, other.height, other.downsample)
+        assert (len(level.shrinks) == 3) == (number == 0 or level.width % 16 == level.height % 16 == 0)
+        whole = ours.read(number, -30, -30, level.width + 700, level.height + 700)
+        np.testing.assert_array_equal(whole, theirs.read(number, -30, -30, level.width + 700, level.height + 700))
+        for x, y in rng.integers(-20, (level.width, level.height), (20, 2)).tolist():
+            width, height = rng.integers(1, 400, 2).tolist()
+            expected = theirs.read(number, x, y, width, height)
+            np.testing.assert_array_equal(ours.read(number, x, y, width, height), expected)
+    assert (ours.read(0, 0, 0, 256, 256) == 255).all()
+
+
+def test_a_philips_hole_is_no_damage_and_damage_no_hole(tmp_path):
+    path = write_philips(tmp_path / "a.tiff")
+    with tifffile.TiffFile(path) as file:
+        offset, length = file.pages[0].dataoffsets[1], file.pages[0].databytecounts[1]
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(length))
+    slide = open_slide(ref(path))
+    assert slide.reader.startswith("tiff ")
+    cells = np.array([[0, 0], [1, 0], [2, 0]], np.int32)
+    fetched = slide.fetch(0, cells)
+    assert [len(data) for data in fetched][:2] == [0, length]
+    for shrink in slide.levels[0].shrinks:
+        out = [np.zeros((256 // shrink, 256 // shrink, 3), np.uint8) for _ in cells]
+        assert slide.decode(0, cells, fetched, out, shrink).tolist() == [True, False, True]
+        assert (out[0] == 255).all()
+    assert read_overview(slide).unknown.sum() == 0  # of a level that is whole
+    assert read_overview(slide, 0.25).unknown.sum() == 256**2
+
+
+def test_a_philips_slide_that_is_not_jpeg_or_whose_levels_do_not_grow_goes_to_openslide(tmp_path):
+    for options in ({"compression": "zlib"}, {"factors": (1, 2, 2), "holes": ()}):
+        assert open_slide(ref(write_philips(tmp_path / "a.tiff", **options))).reader.startswith("openslide ")
+
+
 def test_ome_pyramids_give_their_levels_and_mpp(tmp_path):
     """OpenSlide sees level 0 alone: the others hang from it."""
     path = tmp_path / "a.ome.tif"
@@ -166,8 +253,10 @@ def test_an_ome_stack_is_left_to_openslide(tmp_path):
 
 
 class TestTiffSlide(SlideContract):
-    @pytest.fixture(params=["jpeg", "zlib"])
+    @pytest.fixture(params=["jpeg", "zlib", "philips"])
     def slide(self, tmp_path, request):
+        if request.param == "philips":
+            return TiffSlide(ref(write_philips(tmp_path / "a.tiff")))
         return TiffSlide(ref(write(tmp_path / "a.tiff", request.param)))
 
 

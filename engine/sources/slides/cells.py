@@ -9,7 +9,9 @@ from jaxtyping import Bool, Int32, UInt8
 from patchmill.errors import SourceError, TransientError
 from patchmill.types import Level, Slide
 
-__all__ = ["CellsByRectangle", "read_cells", "read_or_none", "whiten_outside"]
+__all__ = ["WHITE", "CellsByRectangle", "read_cells", "read_or_none", "whiten_outside"]
+
+WHITE = memoryview(b"")  # what is fetched of a cell that the file leaves out
 
 
 class CellsByRectangle:

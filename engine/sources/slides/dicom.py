@@ -26,7 +26,7 @@ from patchmill.sources.dicomelements import NATIVE, Damaged, content
 from patchmill.sources.files import check_readable, failure
 from patchmill.sources.jpegstreams import CODESTREAM, check_jpeg_2000
 from patchmill.sources.refused import Refused, Unsupported
-from patchmill.sources.slides.cells import read_cells, whiten_outside
+from patchmill.sources.slides.cells import WHITE, read_cells, whiten_outside
 from patchmill.sources.slides.dicomlevels import Frames, Header, frames_of, header_of, levels_of
 from patchmill.sources.slides.openslide import metadata_of, resolution
 from patchmill.sources.slides.tiff import ADOBE, MOST_SIDE, RGB, YCBCR, File, decode_jpeg
@@ -44,7 +44,6 @@ DECODED = {  # transfer syntax -> photometric interpretations
 }
 MOST_CELLS = 1 << 24  # of a level; more is damage
 AMBIGUOUS = ("several focal planes or optical paths", "use a series with one of each, or try --reader openslide")
-WHITE = memoryview(b"")  # what is fetched of a frame that is left out
 
 Decode = Callable[[memoryview, UInt8[np.ndarray, "h w 3"], int], bool]  # fetched, out, shrink
 

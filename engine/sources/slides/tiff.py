@@ -1,9 +1,10 @@
 """Tiled TIFF files without a detour: encoded tiles go from the file to the codec, decoded ones to where they belong.
 
-Reads SVS, generic tiled TIFF and OME-TIFF with 8-bit RGB tiles in JPEG, JPEG 2000, LZW, Deflate or none. tifffile reads
-the directories, libjpeg-turbo (simplejpeg) decodes JPEG, imagecodecs the rest. JPEG is decoded as OpenSlide does it,
-with the accurate integer inverse DCT and smooth ("fancy") chroma upsampling, so pixels are equal to OpenSlide's. What a
-slide is (levels, mpp, vendor) OpenSlide says wherever it opens the file.
+Reads SVS, generic tiled TIFF and OME-TIFF with 8-bit RGB tiles in JPEG, JPEG 2000, LZW, Deflate or none, and Philips
+TIFF in JPEG, whose missing tiles are white. tifffile reads the directories, libjpeg-turbo (simplejpeg) decodes JPEG,
+imagecodecs the rest. JPEG is decoded as OpenSlide does it, with the accurate integer inverse DCT and smooth ("fancy")
+chroma upsampling, so pixels are equal to OpenSlide's. What a slide is (levels, mpp, vendor) OpenSlide says wherever it
+opens the file.
 
 Everything else of a TIFF is refused here (`Unsupported`), and left to OpenSlide.
 """
@@ -13,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from patchmill.sources.files import check_readable, failure
 from patchmill.sources.jpegstreams import CODESTREAM, check_jpeg_2000
 from patchmill.sources.ome import SYMBOLS
 from patchmill.sources.refused import Unsupported
-from patchmill.sources.slides.cells import read_cells, whiten_outside
+from patchmill.sources.slides.cells import WHITE, read_cells, whiten_outside
 from patchmill.sources.slides.openslide import Facts, facts_of
 from patchmill.types import Level, SourceRef
 
@@ -34,7 +36,8 @@ __all__ = ["ADOBE", "JPEG", "TiffSlide"]
 
 tifffile.logger().setLevel(logging.CRITICAL)  # what is wrong with a file is told once, by us
 
-VENDORS = frozenset({"aperio", "generic-tiff"})  # whose tiles lie on a plain grid; Ventana's overlap, others have holes
+PHILIPS = "philips"
+VENDORS = frozenset({"aperio", "generic-tiff", PHILIPS})  # whose tiles lie on a plain grid; Ventana's overlap
 JPEG, RGB, YCBCR = 7, 2, 6  # values of tags
 JPEG_2000 = frozenset({33005, 34712})
 TILED_CODECS = frozenset({1, 5, 8, 32946}) | JPEG_2000  # none, LZW, Deflate (two numbers)
@@ -54,7 +57,7 @@ class Tiles:
     """Where the encoded tiles of one level lie, and what decodes them."""
 
     offsets: Int64[np.ndarray, " n"]
-    lengths: Int64[np.ndarray, " n"]
+    lengths: Int64[np.ndarray, " n"]  # 0: the file leaves the tile out, it is white
     across: int  # tiles per row
     decode: Decode
 
@@ -70,7 +73,8 @@ class TiffSlide:
             self._file: File | None = File(ref.path)
             with tifffile.TiffFile(ref.path) as opened:
                 facts, pages = facts_and_pages(opened, ref)
-                self._tiles = [tiles_of(page, self._file) for page in pages]
+                sparse = facts.metadata.get("vendor") == PHILIPS
+                self._tiles = [tiles_of(page, self._file, sparse) for page in pages]
         except OSError as error:
             raise failure(ref.id, error) from error
         except (Unsupported, SourceError):
@@ -80,7 +84,7 @@ class TiffSlide:
         self.reader = f"tiff {tifffile.__version__}, simplejpeg {simplejpeg.__version__}"
         self.mpp, self.metadata = facts.mpp, facts.metadata
         self.levels = tuple(
-            replace(level, tile=(page.tilewidth, page.tilelength), shrinks=shrinks_of(page))
+            replace(level, tile=(page.tilewidth, page.tilelength), shrinks=shrinks_of(page, level))
             for level, page in zip(facts.levels, pages, strict=True)
         )
 
@@ -89,9 +93,10 @@ class TiffSlide:
         return read_cells(self, self._ref.id, level, x, y, width, height, shrink)
 
     def fetch(self, level: int, cells: Int32[np.ndarray, "n 2"]) -> Sequence[memoryview | None]:
-        """The encoded tiles, None for what lies beyond the end of the file. Neighbours in the file are read together.
+        """The encoded tiles, empty for those left out, None for what lies beyond the end of the file.
 
-        Raises TransientError if the storage fails, SourceError if the file has become shorter.
+        Neighbours in the file are read together. Raises TransientError if the storage fails, SourceError if the file
+        has become shorter.
         """
         file = self._file
         if file is None:
@@ -99,11 +104,14 @@ class TiffSlide:
         tiles = self._tiles[level]
         numbers = cells[:, 1].astype(np.int64) * tiles.across + cells[:, 0]
         try:
-            return file.read(tiles.offsets[numbers], tiles.lengths[numbers])
+            found = file.read(tiles.offsets[numbers], tiles.lengths[numbers])
         except OSError as error:
             raise failure(self._ref.id, error) from error
         except EOFError as error:
             raise SourceError(self._ref.id, "it became shorter while it was read", "copy it again") from error
+        for n in np.flatnonzero(tiles.lengths[numbers] == 0).tolist():
+            found[n] = WHITE
+        return found
 
     def decode(
         self,
@@ -118,7 +126,12 @@ class TiffSlide:
         right, bottom = size.width // size.tile[0], size.height // size.tile[1]  # cells before these are whole
         readable = np.zeros(len(cells), bool)
         for n, ((column, row), data, pixels) in enumerate(zip(cells.tolist(), fetched, out, strict=True)):
-            if data is not None and tiles.decode(data, row * tiles.across + column, pixels, shrink):
+            if data is None:
+                continue
+            if not len(data):
+                pixels[:] = 255
+                readable[n] = True
+            elif tiles.decode(data, row * tiles.across + column, pixels, shrink):
                 readable[n] = True
                 if column >= right or row >= bottom:
                     whiten_outside(size, column, row, pixels)
@@ -174,7 +187,7 @@ class File:
 # ------------------------------------------------------------------------------------------------------ what it is
 
 
-def facts_and_pages(opened: tifffile.TiffFile, ref: SourceRef) -> tuple[Facts, list[Any]]:
+def facts_and_pages(opened: tifffile.TiffFile, ref: SourceRef) -> tuple[Facts, Sequence[Any]]:
     """The slide's description, and for each of its levels the directory that holds its tiles."""
     if opened.is_ome:
         levels = opened.series[0].levels
@@ -190,6 +203,8 @@ def facts_and_pages(opened: tifffile.TiffFile, ref: SourceRef) -> tuple[Facts, l
     if facts.metadata.get("vendor") not in VENDORS:
         raise Unsupported(f"vendor {facts.metadata.get('vendor')}")
     tiled: list[Any] = [page for page in opened.pages if getattr(page, "is_tiled", False)]
+    if facts.metadata["vendor"] == PHILIPS:
+        return facts, philips_pages(tiled, facts.levels)
     pages = []
     for level in facts.levels:
         fitting = [page for page in tiled if (page.imagewidth, page.imagelength) == (level.width, level.height)]
@@ -197,6 +212,24 @@ def facts_and_pages(opened: tifffile.TiffFile, ref: SourceRef) -> tuple[Facts, l
             raise Unsupported("levels and directories do not match")
         pages += fitting
     return facts, pages
+
+
+def philips_pages(tiled: Sequence[Any], levels: Sequence[Level]) -> Sequence[Any]:
+    """The directories of a Philips slide's levels, in the file's order. Raises Unsupported.
+
+    A directory may be larger than its level: OpenSlide divides the size of level 0 by the ratio of pixel spacings, and
+    shows nothing of the padding beyond that (4.0.1, openslide-vendor-philips-tiff.c).
+    """
+    if len(tiled) != len(levels):
+        raise Unsupported("levels and directories do not match")
+    for page, level in zip(tiled, levels, strict=True):
+        if page.compression != JPEG:
+            raise Unsupported(f"compression {int(page.compression)} in a Philips TIFF")
+        if not (0 < level.width <= page.imagewidth and 0 < level.height <= page.imagelength):
+            raise Unsupported("levels and directories do not match")
+    if any(fine.downsample >= coarse.downsample for fine, coarse in pairwise(levels)):
+        raise Unsupported("levels out of order")
+    return tiled
 
 
 def ome_facts(opened: tifffile.TiffFile, pages: Sequence[Any], ref: SourceRef) -> Facts:
@@ -220,8 +253,11 @@ def ome_facts(opened: tifffile.TiffFile, pages: Sequence[Any], ref: SourceRef) -
     return Facts(levels, mpp, metadata)
 
 
-def tiles_of(page: Any, file: File) -> Tiles:
-    """Where a directory's tiles lie and how they are decoded. Raises Unsupported for any that are not exact here."""
+def tiles_of(page: Any, file: File, sparse: bool) -> Tiles:
+    """Where a directory's tiles lie and how they are decoded. Raises Unsupported for any that are not exact here.
+
+    sparse: whether tiles that are left out are white; other vendors fill such holes each in its own way.
+    """
     if (page.samplesperpixel, page.bitspersample, page.planarconfig) != (3, 8, 1) or page.sampleformat != 1:
         raise Unsupported("not 8-bit RGB, pixel by pixel")
     if not page.is_tiled or page.imagedepth != 1 or page.fillorder != 1:
@@ -232,10 +268,11 @@ def tiles_of(page: Any, file: File) -> Tiles:
     offsets, lengths = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
     if not len(offsets) == len(lengths) == across * down:
         raise Unsupported("tiles are missing from its directory")
-    if (lengths == 0).any():
-        raise Unsupported("tiles are missing")  # each vendor fills such holes in its own way
+    if not sparse and (lengths == 0).any():
+        raise Unsupported("tiles are missing")
     if page.compression == JPEG:
-        decode = jpeg_decoder(page, next(iter(file.read(offsets[:1], lengths[:1]))))
+        first = int(np.argmax(lengths > 0))
+        decode = jpeg_decoder(page, next(iter(file.read(offsets[first : first + 1], lengths[first : first + 1]))))
     elif page.compression in TILED_CODECS and page.photometric == RGB:
         decode = other_decoder(page)
     else:
@@ -243,12 +280,16 @@ def tiles_of(page: Any, file: File) -> Tiles:
     return Tiles(offsets, lengths, across, decode)
 
 
-def shrinks_of(page: Any) -> tuple[int, ...]:
+def shrinks_of(page: Any, level: Level) -> tuple[int, ...]:
     """By which factors the codec may shrink: libjpeg leaves out high frequencies of its 8 x 8 transform.
 
-    Not by 8: strong colours at 4:2:0 then differ from their mean by more than two grey levels.
+    Not by 8: strong colours at 4:2:0 then differ from their mean by more than two grey levels. Nor
+    where padding that the level does not show shares a block (of 16 px, for chroma) with pixels that it does.
     """
-    return (1, 2, 4) if page.compression == JPEG and page.tilewidth % 8 == page.tilelength % 8 == 0 else (1,)
+    if page.compression != JPEG or page.tilewidth % 8 or page.tilelength % 8:
+        return (1,)
+    shown = ((level.width, page.imagewidth), (level.height, page.imagelength))
+    return (1, 2, 4) if all(side == stored or side % 16 == 0 for side, stored in shown) else (1,)
 
 
 # ----------------------------------------------------------------------------------------------------------- codecs
