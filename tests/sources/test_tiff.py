@@ -10,12 +10,14 @@ import simplejpeg
 import tifffile
 from PIL import Image
 
+from patchmill import EncodeSettings, PlanSettings, RunSettings, api
 from patchmill.errors import SourceError
 from patchmill.plan.overview import read_overview
 from patchmill.sources import OpenSlideSlide, TiffSlide, open_slide
 from patchmill.sources.refused import Unsupported
 from patchmill.sources.slides.tiff import decode_jpeg
 from patchmill.testing.contracts import SlideContract
+from patchmill.testing.encoders import null_doors
 from patchmill.testing.slides import FormulaSlide, write_pyramid
 from patchmill.types import SourceRef
 
@@ -194,13 +196,37 @@ def test_philips_equals_openslide(tmp_path, size, subsampling):
     assert (ours.read(0, 0, 0, 256, 256) == 255).all()
 
 
-def test_a_philips_hole_is_no_damage_and_damage_no_hole(tmp_path):
-    path = write_philips(tmp_path / "a.tiff")
+def spoil(path, number):
+    """Overwrite a tile of the first directory with zeros; returns its length."""
     with tifffile.TiffFile(path) as file:
-        offset, length = file.pages[0].dataoffsets[1], file.pages[0].databytecounts[1]
+        offset, length = file.pages[0].dataoffsets[number], file.pages[0].databytecounts[number]
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(bytes(length))
+    return length
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_tiles_over_philips_holes_are_embedded_and_those_over_damage_unreadable(tmp_path, damaged):
+    path = write_philips(tmp_path / "a.tiff")
+    if damaged:
+        spoil(path, 1)
+    report = api.embed(
+        [path],
+        tmp_path / "archive",
+        plan=PlanSettings(mpp=0.25, tile=64, tissue="none"),
+        encode=EncodeSettings(encoder="null", precision="fp32", pixels=64),
+        run=RunSettings(workers=0, shard_rows=256),
+        doors=null_doors(),
+    )
+    assert [outcome.rows for outcome in report.outcomes] == [20 * 24]
+    (holding,) = api.status(tmp_path / "archive").holdings
+    assert (holding.rows, holding.unreadable) == (20 * 24, 16 * damaged)
+
+
+def test_a_philips_hole_is_no_damage_and_damage_no_hole(tmp_path):
+    path = write_philips(tmp_path / "a.tiff")
+    length = spoil(path, 1)
     slide = open_slide(ref(path))
     assert slide.reader.startswith("tiff ")
     cells = np.array([[0, 0], [1, 0], [2, 0]], np.int32)

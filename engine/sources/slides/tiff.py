@@ -283,8 +283,8 @@ def tiles_of(page: Any, file: File, sparse: bool) -> Tiles:
 def shrinks_of(page: Any, level: Level) -> tuple[int, ...]:
     """By which factors the codec may shrink: libjpeg leaves out high frequencies of its 8 x 8 transform.
 
-    Not by 8: strong colours at 4:2:0 then differ from their mean by more than two grey levels. Nor
-    where padding that the level does not show shares a block (of 16 px, for chroma) with pixels that it does.
+    Not by 8: strong colours at 4:2:0 then differ from their mean by more than two grey levels. Not at
+    all where padding that the level does not show shares a block (of 16 px, for chroma) with pixels that it shows.
     """
     if page.compression != JPEG or page.tilewidth % 8 or page.tilelength % 8:
         return (1,)
