@@ -316,6 +316,19 @@ def test_what_it_cannot_decode_exactly_goes_to_openslide_by_name(tmp_path):
     assert open_slide(ref(tiled, reader="openslide")).reader.startswith("openslide ")
 
 
+def test_tiles_with_an_adobe_marker_that_contradicts_the_directory_go_to_openslide(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(picture(256, 256, 9)).save(file, "JPEG", keep_rgb=True, quality=60)
+    path = write_philips(tmp_path / "a.tiff", holes=())
+    place = path.stat().st_size
+    with tifffile.TiffFile(path, mode="r+b") as opened:
+        for name, value in (("TileOffsets", place), ("TileByteCounts", len(file.getvalue()))):
+            tag = opened.pages[0].tags[name]
+            tag.overwrite([value, *tag.value[1:]])
+    path.write_bytes(path.read_bytes()[:place].ljust(place) + file.getvalue())
+    assert open_slide(ref(path)).reader.startswith("openslide ")
+
+
 def test_holes_are_left_to_openslide(tmp_path):
     path = write(tmp_path / "a.tiff")
     with tifffile.TiffFile(path, mode="r+b") as file:

@@ -29,7 +29,7 @@ from patchmill.sources.refused import Refused, Unsupported
 from patchmill.sources.slides.cells import WHITE, read_cells, whiten_outside
 from patchmill.sources.slides.dicomlevels import Frames, Header, frames_of, header_of, levels_of
 from patchmill.sources.slides.openslide import metadata_of, resolution
-from patchmill.sources.slides.tiff import ADOBE, MOST_SIDE, RGB, YCBCR, File, decode_jpeg
+from patchmill.sources.slides.tiff import ADOBE, MOST_SIDE, RGB, YCBCR, File, contradicts, decode_jpeg
 from patchmill.types import Level, SourceRef
 
 __all__ = ["DicomSlide"]
@@ -281,11 +281,7 @@ def decoder_of(level: Header, frames: Frames) -> Decode:
 
 def jpeg_decoder(colours: int, sample: bytes | None) -> Decode:
     """Decodes JPEG with the colours that the header names, as OpenSlide does. sample: a frame. Raises Refused."""
-    head = (sample or b"").partition(b"\xff\xda")[0]  # up to the scan
-    adobe = head.find(b"Adobe")
-    if (colours == RGB and b"JFIF" in head[:32]) or (
-        adobe >= 0 and head[adobe + 11 : adobe + 12] != ADOBE[colours][-1:]
-    ):
+    if contradicts(sample or b"", colours):
         raise Refused("JPEG that contradicts its header")
 
     def decode(data: memoryview, out: UInt8[np.ndarray, "h w 3"], shrink: int) -> bool:

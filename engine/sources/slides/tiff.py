@@ -302,7 +302,7 @@ def jpeg_decoder(page: Any, sample: memoryview | None) -> Decode:
     """
     if page.photometric not in ADOBE:
         raise Unsupported(f"JPEG with photometric {int(page.photometric)}")
-    if page.photometric == RGB and b"JFIF" in bytes((sample or b"")[:32]):
+    if contradicts(bytes(sample or b""), page.photometric):
         raise Unsupported("JPEG that contradicts its directory")
     tables = page.jpegtables
     head = (tables[:-2] if tables else b"\xff\xd8") + ADOBE[page.photometric]
@@ -311,6 +311,15 @@ def jpeg_decoder(page: Any, sample: memoryview | None) -> Decode:
         return decode_jpeg(b"".join((head, data[2:])), out, shrink)
 
     return decode
+
+
+def contradicts(stream: bytes, colours: int) -> bool:
+    """Whether the markers of a JPEG stream tell libjpeg other colours than these, RGB or YCBCR."""
+    head = stream.partition(b"\xff\xda")[0]  # up to the scan
+    adobe = head.find(b"Adobe")
+    return (colours == RGB and b"JFIF" in head[:32]) or (
+        adobe >= 0 and head[adobe + 11 : adobe + 12] != ADOBE[colours][-1:]
+    )
 
 
 def decode_jpeg(data: bytes, out: UInt8[np.ndarray, "h w 3"], shrink: int, *, lenient: bool = True) -> bool:
