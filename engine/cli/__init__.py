@@ -4,31 +4,32 @@ import errno
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["main", "script"]
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 ENDING = 10.0  # seconds after a Ctrl-C in which no other is heard, so that what it has stopped ends in order
 
 
+def script() -> int:
+    """The console command: `main`, in a process that hears one Ctrl-C and then ends in order; returns its exit code."""
+    hears = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup and the like ignore it
+    if hears:
+        signal.signal(signal.SIGINT, _interrupts())
+    code = main()
+    if hears:  # Python's own end would answer a further one with a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN if code == INTERRUPTED else signal.default_int_handler)
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. argv: the arguments after the program's name, sys.argv's by default."""
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup and the like ignore it
-    hears = usual and threading.current_thread() is threading.main_thread()
     try:
-        if hears:
-            signal.signal(signal.SIGINT, _interrupts())
-        code = _run(argv)
-        if hears:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        return code
+        return _run(argv)
     except KeyboardInterrupt:
-        if hears:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own end would answer it with a traceback
         return _say("stopped; all that was acknowledged is kept, and the same command goes on from there", INTERRUPTED)
 
 

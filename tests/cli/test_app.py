@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import threading
 import tomllib
 from functools import partial
@@ -200,9 +201,11 @@ def test_what_ends_a_command_is_one_line_and_an_exit_code(patchmill, monkeypatch
         raise error
 
     monkeypatch.setattr(api, "status", fail)
+    heard = signal.getsignal(signal.SIGINT)
     ran = patchmill("status", "A")
     assert ran.code == code
     assert ran.line.startswith(says)
+    assert signal.getsignal(signal.SIGINT) is heard  # whoever calls `main` goes on
 
 
 def write_labels(path, rows):
