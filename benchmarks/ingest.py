@@ -27,7 +27,8 @@ from patchmill.errors import UsageError
 from patchmill.kernels import pack
 from patchmill.plan import blocks, mask_of, plan_slide
 from patchmill.sources import Patience, PatientSlide, open_slide
-from patchmill.sources.slides.tiff import ADOBE, JPEG
+from patchmill.sources.slides.jpeg import ADOBE
+from patchmill.sources.slides.tiff import JPEG
 from patchmill.stream.clock import StageClock
 from patchmill.stream.mosaic import Mosaic
 from patchmill.types import PlanSettings, Slide, SlidePlan, SourceRef

@@ -15,7 +15,7 @@ from patchmill.errors import SourceError
 from patchmill.plan.overview import read_overview
 from patchmill.sources import OpenSlideSlide, TiffSlide, open_slide
 from patchmill.sources.refused import Unsupported
-from patchmill.sources.slides.tiff import decode_jpeg
+from patchmill.sources.slides.jpeg import decode_jpeg
 from patchmill.testing.contracts import SlideContract
 from patchmill.testing.encoders import null_doors
 from patchmill.testing.slides import FormulaSlide, write_pyramid

@@ -1,6 +1,6 @@
 """Between rectangles and cells: each kind of slide knows one of them by itself, and gets the other one here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,9 @@ from jaxtyping import Bool, Int32, UInt8
 from patchmill.errors import SourceError, TransientError
 from patchmill.types import Level, Slide
 
-__all__ = ["WHITE", "CellsByRectangle", "read_cells", "read_or_none", "whiten_outside"]
+__all__ = ["MOST_SIDE", "WHITE", "CellsByRectangle", "decode_cells", "read_cells", "read_or_none"]
 
+MOST_SIDE = 2048  # pixels of a cell: a few must fit into the memory of every task
 WHITE = memoryview(b"")  # what is fetched of a cell that the file leaves out
 
 
@@ -78,6 +79,30 @@ def read_cells(
             a, b, c, d = max(left, x0), min(right, x0 + w), max(top, y0), min(bottom, y0 + h)
             pixels[c - y : d - y, a - x : b - x] = cell[c - y0 : d - y0, a - x0 : b - x0]
     return pixels
+
+
+def decode_cells(
+    size: Level,
+    cells: Int32[np.ndarray, "n 2"],
+    fetched: Sequence[memoryview | None],
+    out: Sequence[UInt8[np.ndarray, "h w 3"]],
+    decode: Callable[[memoryview, int, int, UInt8[np.ndarray, "h w 3"]], bool],
+) -> Bool[np.ndarray, " n"]:
+    """Decode each cell into its array; returns which are readable. What is left out, or outside the level, is white.
+
+    size: the level as it is decoded. decode: data, column, row, array; whether it is filled.
+    """
+    readable = np.zeros(len(cells), bool)
+    for n, ((column, row), data, pixels) in enumerate(zip(cells.tolist(), fetched, out, strict=True)):
+        if data is None:
+            continue
+        if not len(data):
+            pixels[:] = 255
+            readable[n] = True
+        elif decode(data, column, row, pixels):
+            whiten_outside(size, column, row, pixels)
+            readable[n] = True
+    return readable
 
 
 def whiten_outside(level: Level, column: int, row: int, pixels: UInt8[np.ndarray, "h w 3"]) -> None:

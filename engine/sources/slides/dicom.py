@@ -26,10 +26,11 @@ from patchmill.sources.dicomelements import NATIVE, Damaged, content
 from patchmill.sources.files import check_readable, failure
 from patchmill.sources.jpegstreams import CODESTREAM, check_jpeg_2000
 from patchmill.sources.refused import Refused, Unsupported
-from patchmill.sources.slides.cells import WHITE, read_cells, whiten_outside
+from patchmill.sources.slides.cells import MOST_SIDE, WHITE, decode_cells, read_cells
 from patchmill.sources.slides.dicomlevels import Frames, Header, frames_of, header_of, levels_of
+from patchmill.sources.slides.encoded import File, reading
+from patchmill.sources.slides.jpeg import ADOBE, RGB, YCBCR, contradicts, decode_jpeg
 from patchmill.sources.slides.openslide import metadata_of, resolution
-from patchmill.sources.slides.tiff import ADOBE, MOST_SIDE, RGB, YCBCR, File, contradicts, decode_jpeg
 from patchmill.types import Level, SourceRef
 
 __all__ = ["DicomSlide"]
@@ -104,16 +105,12 @@ class DicomSlide:
         numbers = cells[:, 1].astype(np.int64) * lattice.across + cells[:, 0]
         parts = lattice.part[numbers]
         found: list[memoryview | None] = [WHITE] * len(cells)
-        try:
+        with reading(self._ref.id):
             for part in np.unique(parts[parts >= 0]).tolist():
                 chosen = np.flatnonzero(parts == part)
                 frames = files[part].read(lattice.offsets[numbers[chosen]], lattice.lengths[numbers[chosen]])
                 for place, data in zip(chosen.tolist(), frames, strict=True):
                     found[place] = data
-        except OSError as error:
-            raise failure(self._ref.id, error) from error
-        except EOFError as error:
-            raise SourceError(self._ref.id, "it became shorter while it was read", "copy it again") from error
         return found
 
     def decode(
@@ -126,17 +123,7 @@ class DicomSlide:
     ) -> Bool[np.ndarray, " n"]:
         """Decode each frame into its array; returns which are readable."""
         decode, size = self._lattices[level].decode, self.levels[level].shrunk(shrink)
-        readable = np.zeros(len(cells), bool)
-        for n, ((column, row), data, pixels) in enumerate(zip(cells.tolist(), fetched, out, strict=True)):
-            if data is None:
-                continue
-            if not len(data):
-                pixels[:] = 255
-                readable[n] = True
-            elif decode(data, pixels, shrink):
-                whiten_outside(size, column, row, pixels)
-                readable[n] = True
-        return readable
+        return decode_cells(size, cells, fetched, out, lambda data, column, row, pixels: decode(data, pixels, shrink))
 
     def close(self) -> None:
         """Release the files, at once or as soon as the last running read has returned."""

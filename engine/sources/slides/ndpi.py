@@ -28,8 +28,9 @@ from patchmill.errors import SourceError
 from patchmill.sources.files import check_readable, failure
 from patchmill.sources.refused import Unsupported
 from patchmill.sources.slides.cells import read_cells
+from patchmill.sources.slides.encoded import File, reading
+from patchmill.sources.slides.jpeg import decode_jpeg
 from patchmill.sources.slides.openslide import Facts, facts_of
-from patchmill.sources.slides.tiff import File, decode_jpeg
 from patchmill.types import SourceRef
 
 __all__ = ["NdpiSlide"]
@@ -139,12 +140,8 @@ class NdpiSlide:
         inside = lines < picture.down
         numbers = (lines * picture.across + cells[:, :1])[inside]
         starts = picture.starts[numbers] - 2  # with the marker before it, by which one knows that it is one
-        try:
+        with reading(self._ref.id):
             found = iter(file.read(starts, picture.starts[numbers + 1] - starts))
-        except OSError as error:
-            raise failure(self._ref.id, error) from error
-        except EOFError as error:
-            raise SourceError(self._ref.id, "it became shorter while it was read", "copy it again") from error
         return [tuple(islice(found, amount)) for amount in inside.sum(axis=1).tolist()]
 
     def decode(

@@ -11,7 +11,6 @@ Everything else of a TIFF is refused here (`Unsupported`), and left to OpenSlide
 
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,26 +27,21 @@ from patchmill.sources.files import check_readable, failure
 from patchmill.sources.jpegstreams import CODESTREAM, check_jpeg_2000
 from patchmill.sources.ome import SYMBOLS
 from patchmill.sources.refused import Unsupported
-from patchmill.sources.slides.cells import WHITE, read_cells, whiten_outside
+from patchmill.sources.slides.cells import MOST_SIDE, WHITE, decode_cells, read_cells
+from patchmill.sources.slides.encoded import File, reading
+from patchmill.sources.slides.jpeg import ADOBE, RGB, contradicts, decode_jpeg
 from patchmill.sources.slides.openslide import Facts, facts_of
 from patchmill.types import Level, SourceRef
 
-__all__ = ["ADOBE", "JPEG", "TiffSlide"]
+__all__ = ["JPEG", "TiffSlide"]
 
 tifffile.logger().setLevel(logging.CRITICAL)  # what is wrong with a file is told once, by us
 
 PHILIPS = "philips"
 VENDORS = frozenset({"aperio", "generic-tiff", PHILIPS})  # whose tiles lie on a plain grid; Ventana's overlap
-JPEG, RGB, YCBCR = 7, 2, 6  # values of tags
+JPEG = 7  # a value of the tag for compression
 JPEG_2000 = frozenset({33005, 34712})
 TILED_CODECS = frozenset({1, 5, 8, 32946}) | JPEG_2000  # none, LZW, Deflate (two numbers)
-MOST_SIDE = 2048  # pixels of a tile: a few must fit into the memory of every task
-MOST_ENCODED = 64 << 20  # bytes of a tile; more is a damaged directory
-GAP = 16 << 10  # bytes between two tiles that are read over rather than asked for twice
-ADOBE = {  # the marker that tells libjpeg which colours the stream holds
-    RGB: b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00",
-    YCBCR: b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01",
-}
 
 Decode = Callable[[memoryview, int, UInt8[np.ndarray, "h w 3"], int], bool]  # encoded, number of the tile, out, shrink
 
@@ -103,12 +97,8 @@ class TiffSlide:
             raise SourceError(self._ref.id, "it is read after it was closed", "keep it open until the last read")
         tiles = self._tiles[level]
         numbers = cells[:, 1].astype(np.int64) * tiles.across + cells[:, 0]
-        try:
+        with reading(self._ref.id):
             found = file.read(tiles.offsets[numbers], tiles.lengths[numbers])
-        except OSError as error:
-            raise failure(self._ref.id, error) from error
-        except EOFError as error:
-            raise SourceError(self._ref.id, "it became shorter while it was read", "copy it again") from error
         for n in np.flatnonzero(tiles.lengths[numbers] == 0).tolist():
             found[n] = WHITE
         return found
@@ -123,65 +113,17 @@ class TiffSlide:
     ) -> Bool[np.ndarray, " n"]:
         """Decode each tile into its array; returns which are readable."""
         tiles, size = self._tiles[level], self.levels[level].shrunk(shrink)
-        right, bottom = size.width // size.tile[0], size.height // size.tile[1]  # cells before these are whole
-        readable = np.zeros(len(cells), bool)
-        for n, ((column, row), data, pixels) in enumerate(zip(cells.tolist(), fetched, out, strict=True)):
-            if data is None:
-                continue
-            if not len(data):
-                pixels[:] = 255
-                readable[n] = True
-            elif tiles.decode(data, row * tiles.across + column, pixels, shrink):
-                readable[n] = True
-                if column >= right or row >= bottom:
-                    whiten_outside(size, column, row, pixels)
-        return readable
+        return decode_cells(
+            size,
+            cells,
+            fetched,
+            out,
+            lambda data, column, row, pixels: tiles.decode(data, row * tiles.across + column, pixels, shrink),
+        )
 
     def close(self) -> None:
         """Release the file, at once or as soon as the last running read has returned."""
         self._file = None
-
-
-class File:
-    """A file that is read at any place by any thread, and closed when nothing refers to it any more."""
-
-    def __init__(self, path: str) -> None:
-        self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self._number).st_size
-
-    def read(self, offsets: Int64[np.ndarray, " n"], lengths: Int64[np.ndarray, " n"]) -> list[memoryview | None]:
-        """The bytes at each place, None beyond the end. Raises OSError, and EOFError if the file has been cut."""
-        found: list[memoryview | None] = [None] * len(offsets)
-        inside = (offsets > 0) & (lengths > 0) & (lengths <= MOST_ENCODED) & (offsets <= self.size - lengths)
-        order = np.argsort(offsets, kind="stable")
-        order = order[inside[order]]
-        if not len(order):
-            return found
-        starts = offsets[order]
-        ends = np.maximum.accumulate(starts + lengths[order])
-        cuts = np.flatnonzero(
-            (starts[1:] > ends[:-1] + GAP) | (starts[1:] // MOST_ENCODED > starts[:-1] // MOST_ENCODED)
-        )
-        for first, last in zip([0, *(cuts + 1).tolist()], [*(cuts + 1).tolist(), len(order)], strict=True):
-            start = int(starts[first])
-            data = memoryview(self._take(start, int(ends[last - 1])))
-            for number in order[first:last].tolist():
-                at = int(offsets[number]) - start
-                found[number] = data[at : at + int(lengths[number])]
-        return found
-
-    def _take(self, start: int, end: int) -> bytes:
-        data = os.pread(self._number, end - start, start)
-        while len(data) < end - start:  # a network may hand over less than was asked for
-            more = os.pread(self._number, end - start - len(data), start + len(data))
-            if not more:
-                raise EOFError
-            data += more
-        return data
-
-    def __del__(self) -> None:
-        if hasattr(self, "_number"):
-            os.close(self._number)
 
 
 # ------------------------------------------------------------------------------------------------------ what it is
@@ -311,35 +253,6 @@ def jpeg_decoder(page: Any, sample: memoryview | None) -> Decode:
         return decode_jpeg(b"".join((head, data[2:])), out, shrink)
 
     return decode
-
-
-def contradicts(stream: bytes, colours: int) -> bool:
-    """Whether the markers of a JPEG stream tell libjpeg other colours than these, RGB or YCBCR."""
-    head = stream.partition(b"\xff\xda")[0]  # up to the scan
-    adobe = head.find(b"Adobe")
-    return (colours == RGB and b"JFIF" in head[:32]) or (
-        adobe >= 0 and head[adobe + 11 : adobe + 12] != ADOBE[colours][-1:]
-    )
-
-
-def decode_jpeg(data: bytes, out: UInt8[np.ndarray, "h w 3"], shrink: int, *, lenient: bool = True) -> bool:
-    """Decode a whole JPEG stream into an array that it must fill exactly; False where pixels of it are missing.
-
-    libjpeg goes on over damage and leaves grey; that is no pixel of the slide. Superfluous bytes between the markers
-    of a scan harm nothing, and some scanners write them; they are let pass if `lenient`.
-    """
-    h, w, _ = out.shape
-    size = {"min_height": h, "min_width": w, "min_factor": shrink} if shrink > 1 else {}
-    for strict in (True, False) if lenient else (True,):
-        try:  # a larger picture is refused at full scale for want of room, but could be shrunk into it
-            if shrink > 1 and simplejpeg.decode_jpeg_header(data, strict=False)[:2] != (h * shrink, w * shrink):
-                return False
-            pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out, strict=strict, **size)
-            return bool(pixels.shape == out.shape)
-        except (ValueError, KeyError) as error:  # KeyError: simplejpeg's, for what has no header
-            if "extraneous bytes" not in str(error):
-                return False
-    return False
 
 
 def other_decoder(page: Any) -> Decode:
