@@ -1,15 +1,33 @@
 """Tests that every reader must pass: inherit the class in a test module and give it the fixture."""
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 
 from patchmill.errors import SourceError
 from patchmill.types import Slide
 
-__all__ = ["SlideContract"]
+__all__ = ["SlideContract", "assert_pixels_of_openslide"]
+
+
+def assert_pixels_of_openslide(slide: Slide, path: Path, levels: Iterable[int] | None = None) -> None:
+    """Whole levels, all by default, and what lies around their corners; where OpenSlide shows nothing all is white."""
+    with openslide.OpenSlide(path) as handle:
+        for number in range(len(slide.levels)) if levels is None else levels:
+            width, height = slide.levels[number].width, slide.levels[number].height
+            rgba = np.asarray(handle.read_region((0, 0), number, (width, height)))
+            expected = np.where(rgba[..., 3:] == 255, rgba[..., :3], 255)
+            np.testing.assert_array_equal(slide.read(number, 0, 0, width, height), expected)
+            around = np.pad(expected, ((60, 60), (70, 70), (0, 0)), constant_values=255)
+            for x in (-9, width - 50):
+                for y in (-5, height - 40):
+                    corner = around[y + 60 : y + 120, x + 70 : x + 140]
+                    np.testing.assert_array_equal(slide.read(number, x, y, 70, 60), corner)
 
 
 class SlideContract:

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import numpy as np
-import openslide
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from patchmill.sources import NdpiSlide, OpenSlideSlide, open_slide
 from patchmill.sources.refused import Unsupported
 from patchmill.sources.slides import ndpi
 from patchmill.sources.slides.cells import read_or_none
-from patchmill.testing.contracts import SlideContract
+from patchmill.testing.contracts import SlideContract, assert_pixels_of_openslide
 from patchmill.testing.ndpi import write_ndpi
 from patchmill.types import SourceRef
 
@@ -48,11 +47,7 @@ def assert_equal_to_openslide(path):
     assert [(v.width, v.height, v.downsample) for v in ours.levels] == [
         (v.width, v.height, v.downsample) for v in theirs.levels
     ]
-    with openslide.OpenSlide(path) as handle:
-        for number, level in enumerate(ours.levels):
-            whole = np.asarray(handle.read_region((0, 0), number, (level.width, level.height)))
-            assert (whole[..., 3] == 255).all()
-            np.testing.assert_array_equal(ours.read(number, 0, 0, level.width, level.height), whole[..., :3])
+    assert_pixels_of_openslide(ours, path)
     ours.close()
     theirs.close()
 
